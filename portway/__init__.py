@@ -1,0 +1,3 @@
+"""Portway: one OpenAI API for the language models on this machine."""
+
+__version__ = "0.1.0"

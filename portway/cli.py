@@ -1,0 +1,270 @@
+"""The command line: what can be typed, what it says of itself, and what exit code comes back.
+
+Each command imports its own part of Portway when it runs, so that `check` starts no slower for
+what `serve` needs. Nothing here knows HTTP or models.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from portway import __version__
+
+if TYPE_CHECKING:
+    from portway.config import Config
+
+OK = 0
+FAILED = 1
+USAGE = 2
+BAD_CONFIG = 78  # EX_CONFIG of sysexits.h
+INTERRUPTED = 130  # what a shell makes of SIGINT
+
+HELP = """\
+usage: portway COMMAND [OPTION]...
+       portway COMMAND --help
+
+One OpenAI API for the language models on this machine: clients ask for a
+logical name ("fast-9b"), Portway finds the model behind it, falls back when it
+has to, and always says who answered.
+
+Commands:
+  serve      answer on http://127.0.0.1:11436/v1 until stopped
+  check      validate the configuration and do nothing else
+  demo       show what Portway does, with no model server installed
+  standin    run the stand-in for Ollama by itself
+
+Options:
+  --version  print the version
+  --help     print this, or a command's own help
+
+The configuration is the first of these that there is:
+  --config FILE
+  $PORTWAY_CONFIG
+  ${XDG_CONFIG_HOME:-~/.config}/portway/models.toml
+  the one that comes with Portway, in which every option is explained
+
+Exit status:
+  0    done
+  1    failed, and stderr says why
+  2    the command line can't be understood
+  78   the configuration has mistakes, and stderr lists all of them
+  130  interrupted
+
+Examples:
+  portway demo
+  portway serve --port 8000
+  curl http://127.0.0.1:11436/v1/chat/completions \\
+    -H 'Content-Type: application/json' \\
+    -d '{"model": "fast-9b", "messages": [{"role": "user", "content": "Hi"}]}'
+"""
+
+SERVE_HELP = """\
+usage: portway serve [--config FILE] [--host HOST] [--port N]
+
+Answers OpenAI clients until it is stopped. The backends need not run yet: what
+is missing is said on stderr, and used as soon as it is there.
+
+Options:
+  --config FILE  read this configuration; `portway --help` says what is read
+                 without it
+  --host HOST    listen on this address instead of server.host; one that other
+                 machines can reach needs server.api_keys
+  --port N       listen on this port instead of server.port; 0 = a free one
+
+Signals:
+  SIGTERM, SIGINT  accept nothing more, give requests in flight server.drain
+                   seconds to end, and exit
+  SIGHUP           read the configuration again, as after any change of the
+                   file; one with mistakes is reported and not used
+"""
+
+CHECK_HELP = """\
+usage: portway check [--config FILE]
+
+Reads the configuration, prints which file it was and what is doubtful in it,
+and exits: 0 if `portway serve` would take it, 78 if not. Then stderr has every
+mistake on a line of its own: its key, what is wrong, what is allowed.
+
+Options:
+  --config FILE  read this configuration; `portway --help` says what is read
+                 without it
+"""
+
+DEMO_HELP = """\
+usage: portway demo [--live] [--port N] [--once]
+
+Takes a short tour with real requests and answers, against a stand-in for
+Ollama that runs inside, then goes on serving until Ctrl-C.
+
+Options:
+  --live    take the tour on the Ollama that runs on this machine
+  --port N  listen on this port; 0 = a free one
+  --once    exit after the tour
+"""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run what `argv` (by default the process's own arguments) asks for. Returns the exit code."""
+    try:
+        status = _dispatch(list(sys.argv[1:] if argv is None else argv))
+        sys.stdout.flush()
+    except _UsageError as exc:
+        print(f"portway: {exc}", file=sys.stderr)
+        return USAGE
+    except KeyboardInterrupt:
+        return INTERRUPTED
+    except BrokenPipeError:  # whoever read our output has seen enough (`portway demo | head`)
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for the flush at exit
+        return FAILED
+    return status
+
+
+class _UsageError(Exception):
+    """The command line can't be understood. str() says why, in one line."""
+
+
+class _Command(NamedTuple):
+    """A command; `options` maps each option to what reads its value, None for a flag."""
+
+    run: Callable[[dict[str, Any]], int]
+    options: Mapping[str, Callable[[str], object] | None]
+    help: str
+
+
+def _commands() -> dict[str, _Command]:
+    return {
+        "serve": _Command(_serve, {"--config": str, "--host": str, "--port": _port}, SERVE_HELP),
+        "check": _Command(_check, {"--config": str}, CHECK_HELP),
+        "demo": _Command(_demo, {"--live": None, "--port": _port, "--once": None}, DEMO_HELP),
+    }
+
+
+def _dispatch(words: list[str]) -> int:
+    if not words:
+        print(HELP, end="", file=sys.stderr)
+        return USAGE
+    name, *rest = words
+    if name in ("--help", "-h", "help"):
+        return _show(HELP)
+    if name == "--version":
+        return _show(f"portway {__version__}\n")
+    if name == "standin":
+        return _standin(rest)
+    commands = _commands()
+    if name not in commands:
+        raise _UsageError(_unknown("command", name, [*commands, "standin", "--help", "--version"]))
+    command = commands[name]
+    if "--help" in rest or "-h" in rest:
+        return _show(command.help)
+    return command.run(_read_options(name, rest, command.options))
+
+
+# --- The commands ----------------------------------------------------------------------------
+
+
+def _serve(options: dict[str, Any]) -> int:
+    from portway import config, proxy
+
+    try:
+        loaded = config.load(options.get("--config"), os.environ)
+    except config.ConfigError as exc:
+        return _refuse(exc)
+    listening = _listen_elsewhere(loaded, options.get("--host"), options.get("--port"))
+    return proxy.serve(listening, config_path=options.get("--config"), environ=os.environ)
+
+
+def _check(options: dict[str, Any]) -> int:
+    from portway import config
+
+    try:
+        loaded = config.load(options.get("--config"), os.environ)
+    except config.ConfigError as exc:
+        return _refuse(exc)
+    for line in config.describe(loaded):
+        print(line)
+    return OK
+
+
+def _demo(options: dict[str, Any]) -> int:
+    from portway import demo
+
+    return demo.main(live="--live" in options, port=options.get("--port"), once="--once" in options)
+
+
+def _standin(words: list[str]) -> int:
+    from portway import standin
+
+    return standin.main(words)
+
+
+def _show(text: str) -> int:
+    print(text, end="")
+    return OK
+
+
+def _refuse(exc: Exception) -> int:
+    print(exc, file=sys.stderr)
+    return BAD_CONFIG
+
+
+def _listen_elsewhere(config: Config, host: str | None, port: int | None) -> Config:
+    """`config` with the address of the command line, under the rule that the file is under."""
+    from dataclasses import replace
+
+    if host is not None and not config.server.api_keys and not _is_loopback(host):
+        raise _UsageError(f"--host {host}: other machines can reach it, and server.api_keys is empty")
+    server = config.server
+    server = replace(server, host=server.host if host is None else host, port=server.port if port is None else port)
+    return replace(config, server=server)
+
+
+def _is_loopback(host: str) -> bool:
+    import ipaddress
+
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
+# --- The options -----------------------------------------------------------------------------
+
+
+def _read_options(
+    command: str, words: Iterable[str], known: Mapping[str, Callable[[str], object] | None]
+) -> dict[str, Any]:
+    """What `words` say, by option; those that are not given are missing."""
+    options: dict[str, Any] = {}
+    rest = iter(words)
+    for word in rest:
+        name, equals, value = word.partition("=")
+        if name not in known:
+            raise _UsageError(_unknown("option" if name.startswith("-") else "argument", name, known, command))
+        read = known[name]
+        if read is None:
+            if equals:
+                raise _UsageError(f"{name} takes no value")
+            options[name] = True
+            continue
+        given = value if equals else next(rest, "")
+        if not given:
+            raise _UsageError(f"{name} needs a value")
+        options[name] = read(given)
+    return options
+
+
+def _port(text: str) -> int:
+    if not (text.isascii() and text.isdigit() and int(text) <= 65535):
+        raise _UsageError(f"--port {text}: not a port, which is a whole number from 0 to 65535")
+    return int(text)
+
+
+def _unknown(kind: str, word: str, known: Iterable[str], command: str = "") -> str:
+    import difflib  # only on the way to an error
+
+    near = difflib.get_close_matches(word, list(known), 1)
+    hint = f"did you mean {near[0]}?" if near else f"see `{' '.join(filter(None, ['portway', command, '--help']))}`"
+    return f"unknown {kind} {word!r}; {hint}"

@@ -1,0 +1,199 @@
+"""What a backend's error means: from its status and words to a BackendError with a reason.
+
+Both kinds of backend share this, since the same model servers stand behind both and the status
+alone rarely tells: an overlong prompt is a 400 at one, a 500 at another, and only the wording shows
+it. The phrases were collected from the servers' sources and from what was seen on the wire; they
+are compared in lower case. Nothing here decides what follows from a reason: errors.FAILURES does.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from typing import TYPE_CHECKING, Any
+
+from portway.errors import BackendError
+
+if TYPE_CHECKING:
+    from portway.config import Backend
+
+MAX_MESSAGE = 2000  # characters of a backend's own words that are passed on
+
+# The prompt does not fit the window. One phrase a server, newest wording first where they changed.
+CONTEXT_PHRASES = (
+    "exceeds the available context size",  # llama-server, chat and completions
+    "exceed_context_size",  # llama-server's type
+    "is too large to process",  # llama-server, embeddings (a 500): input larger than the physical batch
+    "longer than the context length",  # Ollama, truncate: false
+    "exceeds the context length",  # Ollama, /api/embed: "the input length exceeds .."
+    "exceeds maximum context length",  # Ollama, /api/embed
+    "exceeded max context length",  # Ollama's cloud: "prompt too long; .."
+    "context_length_exceeded",  # OpenAI's code
+    "context length exceeded",
+    "maximum context length",  # OpenAI, vLLM, Mistral
+    "longer than the model's context length",  # SGLang
+    "greater than the context length",  # LM Studio
+    "exceeds the model's context",
+    "exceeds the maximum number of tokens",  # Gemini
+    "greater than max_seq_len",  # TabbyAPI
+    "context window exceeded",
+    "exceeds the context window",
+    "prompt is too long",  # Anthropic
+    "prompt too long",
+    "input is too long",
+    "reduce the length of",
+)
+
+# What a model or server lacks -> the capability's name in attempts (config.CAPABILITIES where it has one).
+_LACKS = re.compile(r"does not support (chat|completions?|embeddings?|generate|images?|insert|thinking|tools|vision)\b")
+_CAPABILITY = {
+    "completions": "completion",
+    "embeddings": "embedding",
+    "generate": "completion",
+    "image": "vision",
+    "images": "vision",
+}
+_UNSUPPORTED_PHRASES = (
+    ("image input is not supported", "vision"),  # llama-server without --mmproj, a 500
+    ("is not a multimodal model", "vision"),  # vLLM
+    ("tools param requires", "tools"),  # llama-server without --jinja, a 500
+    ("tool choice requires", "tools"),  # vLLM without --enable-auto-tool-choice
+)
+
+# A chat template that these messages break: the same messages will break it again.
+_TEMPLATE_PHRASES = ("jinja", "chat template", "chat_template", "roles must alternate", "apply template", "template: :")
+
+_NO_MODEL = re.compile(r"model .*(not found|not exist)|no such model|model_not_found")
+
+
+def classify(
+    status: int,
+    message: str,
+    *,
+    model: str,
+    backend: Backend,
+    type: str | None = None,
+    retry_after: float | None = None,
+    body: bytes | None = None,
+) -> BackendError:
+    """The BackendError for an error answer.
+
+    status: its HTTP status. message, type: as `read_error` gives them. model: the backend's own name
+    of the model. retry_after: seconds from the Retry-After header. body: the answer's body; kept only
+    where it is to be forwarded as it came (bad_request).
+    """
+    words = f"{message} {type or ''}".lower()
+    message = _clean(message) or f"Backend '{backend.name}' answered {status} and gave no reason."
+    reason, detail = _reason(status, words)
+    if reason == "model_not_found":
+        return _model_not_found(model, backend)
+    if reason == "backend_auth":
+        return _auth_refused(status, backend)
+    return BackendError(
+        reason,
+        message,
+        detail=detail,
+        status=status if reason == "bad_request" else None,
+        retry_after=retry_after,
+        body=body if reason == "bad_request" else None,
+    )
+
+
+def is_loading(status: int, message: str) -> bool:
+    """Whether a server says that it is still loading the model: worth waiting for, nobody's failure."""
+    return status == 503 and "loading model" in message.lower()
+
+
+def in_stream(error: Any, *, model: str, backend: Backend) -> BackendError:
+    """The BackendError for an error sent inside a 200: the value of a line's or event's `error` key.
+
+    Ollama sends a string; OpenAI-compatible servers an object, whose `code` may be a status.
+    """
+    message, type = _parts(error)
+    code = error.get("code") if isinstance(error, dict) else None
+    try:
+        status = int(code) if isinstance(code, (int, str)) else 500
+    except ValueError:
+        status = 500
+    return classify(status if 400 <= status <= 599 else 500, message, model=model, backend=backend, type=type)
+
+
+def read_error(body: bytes) -> tuple[str, str | None]:
+    """(message, type) of an error answer's body. type: its `type` and `code` as words, None without any.
+
+    Shapes seen: {"error":"text"} (Ollama), {"error":{"message","type","code"}} (OpenAI, llama-server),
+    {"message","type"} (older vLLM), {"detail":"text"} (FastAPI), plain text (Go, gateways).
+    """
+    try:
+        value = json.loads(body)
+    except (ValueError, RecursionError):
+        text = body.decode("utf-8", "replace").strip()
+        return ("" if text.startswith("<") else text), None  # a gateway's HTML page says nothing to a client
+    if isinstance(value, dict):
+        value = value.get("error") or value
+    return _parts(value)
+
+
+def _parts(error: Any) -> tuple[str, str | None]:
+    if isinstance(error, str):
+        return error, None
+    if not isinstance(error, dict):
+        return "", None
+    message = next((error[key] for key in ("message", "detail", "error") if isinstance(error.get(key), str)), "")
+    kinds = [error[key] for key in ("type", "code") if isinstance(error.get(key), str)]
+    return message, " ".join(kinds) or None
+
+
+def _reason(status: int, words: str) -> tuple[str, str]:
+    """(reason, detail), most telling sign first. words: message and type in lower case."""
+    if status in (401, 402, 403):  # 402: out of credit; nothing on this backend will work
+        return "backend_auth", str(status)
+    if status == 429 or "rate_limit" in words:  # a 413 of Groq's is one
+        return "rate_limited", ""
+    if is_loading(status, words):
+        return "loading_timeout", ""
+    if status == 503 or status == 529:
+        return "busy", ""
+    if any(phrase in words for phrase in CONTEXT_PHRASES):
+        return "context_length_exceeded", ""
+    if detail := _lacking(words):
+        return "unsupported", detail
+    if any(phrase in words for phrase in _TEMPLATE_PHRASES):
+        return "template_error", ""
+    if 400 <= status < 500 and _NO_MODEL.search(words):
+        return "model_not_found", ""
+    if status in (404, 405, 501):  # the server has no such endpoint, or it is switched off
+        return "unsupported", "endpoint"
+    if 400 <= status < 500 and status not in (408, 499):  # it timed out, or (Ollama) cancelled by itself
+        return "bad_request", ""
+    if status >= 400:
+        return "server_error", str(status)
+    return "bad_answer", str(status)  # a redirect, say
+
+
+def _lacking(words: str) -> str:
+    """The capability that the words say is missing, or ""."""
+    if found := _LACKS.search(words):
+        return _CAPABILITY.get(found[1], found[1])
+    return next((detail for phrase, detail in _UNSUPPORTED_PHRASES if phrase in words), "")
+
+
+def _model_not_found(model: str, backend: Backend) -> BackendError:
+    way_out = f"ollama pull {model}" if backend.kind == "ollama" else ""
+    return BackendError("model_not_found", f"Backend '{backend.name}' has no model '{model}'.", way_out=way_out)
+
+
+def _auth_refused(status: int, backend: Backend) -> BackendError:
+    """Its own words are not passed on: they like to quote the key."""
+    if status == 402:
+        return BackendError("backend_auth", f"Backend '{backend.name}' asks for payment (402).", detail="402")
+    way_out = f"set the right api_key in [backends.{backend.name}]"
+    if backend.kind == "ollama" and backend.api_key is None:  # a local Ollama asks only for its cloud models
+        way_out = "ollama signin"
+    message = f"Backend '{backend.name}' refused the configured credentials ({status})."
+    return BackendError("backend_auth", message, detail=str(status), way_out=way_out)
+
+
+def _clean(message: str) -> str:
+    """Bounded, and without control characters, which could forge log lines."""
+    return "".join(char if char.isprintable() or char == "\n" else " " for char in message[:MAX_MESSAGE]).strip()

@@ -1,0 +1,914 @@
+"""The daemon: HTTP, guards, the route table, the one request pipeline, the relay to the client.
+
+    accept -> park -> worker: read a whole request -> guards -> ROUTES -> pipeline
+                                                                  read_call -> Router.serve -> relay
+
+One thread accepts and holds the connections on which nothing happens; a connection gets a worker
+thread when bytes are there and keeps it only while a whole request is being answered, so that
+neither idle nor slow clients can use the workers up. A worker waits for a backend in one poll() that
+also sees its client leave and the moment for a heartbeat (`ClientWatch`).
+"""
+
+from __future__ import annotations
+
+import errno
+import hmac
+import os
+import select
+import selectors
+import signal
+import socket
+import socketserver
+import struct
+import sys
+import threading
+import time
+import traceback
+from collections import deque
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from http import HTTPStatus
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from queue import Empty, SimpleQueue
+from typing import TYPE_CHECKING, Any
+from urllib.parse import unquote
+
+from portway import __version__
+from portway.backend_ollama import OllamaBackend
+from portway.backend_openai import OpenAIBackend
+from portway.config import ConfigError, ConfigWatcher
+from portway.errors import ClientError, ClientGone, PortwayError
+from portway.http1 import MAX_HEAD, BadMessage, Incoming, RequestHead, as_client_error, parse_request
+from portway.request import find_model, read_call
+from portway.routing import ChainExhausted, Cooling, Router
+from portway.watch import ClientWatch
+from portway.wire import DONE, dumps, sse
+from portway.workers import Workers
+
+if TYPE_CHECKING:
+    from portway.call import Attempt, Backend, Call, Endpoint, Served
+    from portway.config import Config, Model
+
+RECEIVE = 65_536  # bytes asked of one recv()
+LINGER = 0.25  # seconds a worker stays with a connection after an answer; the next request often follows at once
+SETTLE_MS = 10  # how long a worker waits for the rest of a request; most clients send head and body in two writes
+SWEEP = 1.0  # seconds between two looks for connections that have waited too long
+MAX_PIPELINED = 262_144  # bytes read ahead while an answer is under way
+WATCH_CONFIG = 1.0  # seconds between two looks at the configuration file
+GOODBYE = 1.0  # seconds for a refused client to read why before its connection is reset
+
+class Record:
+    status = 0
+    cancelled_in = None
+
+    def begin(self, call): ...
+
+    def served(self, served, at): ...
+
+    def failed(self, error): ...
+
+
+# --- the routes -----------------------------------------------------------------------------------
+
+# path without /v1 -> method -> Handler's method. "{id}" takes the rest of the path.
+ROUTES: Mapping[str, Mapping[str, str]] = {
+    "/chat/completions": {"POST": "post_chat"},
+    "/completions": {"POST": "post_completions"},
+    "/embeddings": {"POST": "post_embeddings"},
+    "/models": {"GET": "get_models"},
+    "/models/{id}": {"GET": "get_model"},
+    "/health": {"GET": "get_health"},
+}
+
+
+def route(method: str, path: str) -> tuple[str, str]:
+    """The name of the Handler's method for a request, and the path's {id}. Raises ClientError 404, 405."""
+    bare = path[3:] if path.startswith("/v1/") else path
+    methods, rest = ROUTES.get(bare), ""
+    if methods is None and bare.startswith("/models/"):
+        methods, rest = ROUTES["/models/{id}"], unquote(bare[8:])
+    if methods is None:
+        known = ", ".join(f"/v1{known}" for known in ROUTES)
+        raise ClientError(f"There is no {path[:128]!r} here. There are: {known}.", status=404, code="not_found")
+    name = methods.get("GET" if method == "HEAD" else method)
+    if name is None:
+        allowed = ", ".join(sorted({*methods, "OPTIONS"} | ({"HEAD"} if "GET" in methods else set())))
+        raise ClientError(
+            f"{path[:128]} takes {allowed}, not {method[:32]}.",
+            status=405,
+            code="method_not_allowed",
+            headers={"Allow": allowed},
+        )
+    return name, rest
+
+
+# --- guards ---------------------------------------------------------------------------------------
+
+
+class Guards:
+    """Who may ask at all. A web page must not reach a model because its browser runs on this machine."""
+
+    def __init__(self, config: Config) -> None:
+        server = config.server
+        self._hosts = frozenset((server.host.lower(), *server.allowed_hosts))
+        self._origins = frozenset(server.allowed_origins)
+        self._keys = [key.encode() for key in server.api_keys]
+
+    def check(self, head: RequestHead) -> dict[str, str]:
+        """Raises ClientError if the request may not be served; else the CORS headers of its answer."""
+        headers = head.headers
+        if not self._is_own_host(headers.get("host", "")):
+            raise ClientError(
+                "The Host header names another machine (DNS rebinding?). If this name is right, "
+                "list it in server.allowed_hosts.",
+                status=403,
+                code="host_not_allowed",
+            )
+        cors = self._cors(headers)
+        if head.method == "POST" and not cors and not _is_json(headers) and _from_browser(headers):
+            raise ClientError("Send Content-Type: application/json.", status=415, code="unsupported_media_type")
+        return cors
+
+    def check_key(self, head: RequestHead) -> None:
+        """Raises ClientError 401 if keys are configured and the request brings none of them."""
+        if not self._keys:
+            return
+        scheme, _, key = head.headers.get("authorization", "").partition(" ")
+        given = key.strip().encode("latin-1") if scheme.lower() == "bearer" else b""
+        if not any([hmac.compare_digest(given, known) for known in self._keys]):  # a list: always all of them
+            raise ClientError(
+                "A valid API key is needed: send Authorization: Bearer with one of server.api_keys.",
+                status=401,
+                code="invalid_api_key",
+                headers={"WWW-Authenticate": "Bearer"},
+            )
+
+    def _is_own_host(self, host: str) -> bool:
+        name = host.lower()
+        name = name[: name.rfind("]") + 1] if name.startswith("[") else name.partition(":")[0]
+        return name in ("localhost", "127.0.0.1", "[::1]") or self._is_listed_host(name)
+
+    def _is_listed_host(self, name: str) -> bool:
+        if name.endswith(".localhost") or name.strip("[]") in self._hosts:
+            return True
+        return name.startswith("127.") and name.replace(".", "").isdigit() and name.count(".") == 3
+
+    def _cors(self, headers: Mapping[str, str]) -> dict[str, str]:
+        origin = headers.get("origin")
+        if origin is None:
+            if headers.get("sec-fetch-site", "none") in ("none", "same-origin"):
+                return {}
+        elif origin in self._origins:
+            return {"Access-Control-Allow-Origin": origin, "Vary": "Origin", "Access-Control-Expose-Headers": "*"}
+        elif origin.lower() == f"http://{headers.get('host', '')}".lower():
+            return {}
+        raise ClientError(
+            f"Web pages of {(origin or 'another site')[:128]!r} may not call this server; "
+            "to let them, list the origin in server.allowed_origins.",
+            status=403,
+            code="origin_not_allowed",
+        )
+
+
+def _is_json(headers: Mapping[str, str]) -> bool:
+    kind = headers.get("content-type", "").partition(";")[0].strip().lower()
+    return kind == "application/json" or kind.endswith("+json")
+
+
+def _from_browser(headers: Mapping[str, str]) -> bool:
+    """cron's `curl -d` sends a form's content type too, but neither of these."""
+    return "origin" in headers or any(name.startswith("sec-fetch-") for name in headers)
+
+
+# --- the relay ------------------------------------------------------------------------------------
+
+
+class EventStream:
+    """A streamed answer on its way to the client. Its head goes out with the first piece, or with the
+    first heartbeat; then the facts that no header can carry any more travel in a chunk's `portway`."""
+
+    def __init__(self, handler: Handler, call: Call) -> None:
+        self.started = False
+        self.ttft: float | None = None  # time.monotonic() of the first content
+        self._handler = handler
+        self._chunked = handler.head.minor == 1
+        self._told: list[str] = []  # warnings that the client has been told of
+
+    def beat(self) -> None:
+        """A comment, so that the client knows that somebody is there. One newline only: a blank line
+        makes some SDKs dispatch an empty event (openai-python#2722), and openai-go dies of it."""
+        try:
+            self._write(b": portway\n", {})
+        except OSError as exc:
+            raise ClientGone from exc
+
+    def relay(self, served: Served) -> None:
+        """Send the whole answer. Raises BackendError if it breaks; OSError if the client does."""
+        facts = _facts(served)
+        piece = served.first
+        if self.started:
+            piece = _with_field(piece, piece.find(b"data: {"), facts)
+        self.ttft = time.monotonic()
+        self._told = list(served.answer.warnings)
+        while not piece.endswith(DONE):
+            self._write(piece, _headers(facts))
+            self._handler.watch.heard()
+            piece = next(served.rest)
+        new = [warning for warning in served.answer.warnings if warning not in self._told]
+        if new:
+            piece = _with_field(piece, piece.rfind(b"data: {"), {"warnings": new})
+        self._write(piece, _headers(facts), last=True)
+
+    def fail(self, error: PortwayError) -> None:
+        """End with the error's envelope as the last event, without [DONE], which would say that all went well."""
+        envelope = error.envelope()
+        if isinstance(error, ChainExhausted):
+            envelope["portway"] = {"attempts": _joined(error.attempts)}
+        self._write(sse(dumps(envelope)), {}, last=True)
+
+    def _write(self, piece: bytes, headers: Mapping[str, str], *, last: bool = False) -> None:
+        if self._chunked:
+            piece = b"%x\r\n%b\r\n%b" % (len(piece), piece, b"0\r\n\r\n" if last else b"")
+        if not self.started:
+            self.started = True
+            kind = {"Content-Type": "text/event-stream; charset=utf-8", "Cache-Control": "no-cache"}
+            coding = {"Transfer-Encoding": "chunked"} if self._chunked else {}
+            self._handler.keep_alive &= self._chunked
+            piece = self._handler.head_bytes(200, {**kind, **coding, **headers}) + piece
+        self._handler.send(piece)
+
+
+def _facts(served: Served) -> dict[str, Any]:
+    """Who answers and how it came to that, for headers or a chunk's `portway`."""
+    facts: dict[str, Any] = {"served_by": served.model.name}
+    if len(served.attempts) > 1:
+        facts["attempts"] = _joined(served.attempts)
+    if served.answer.warnings:
+        facts["warnings"] = list(served.answer.warnings)
+    return facts
+
+
+def _headers(facts: Mapping[str, Any]) -> dict[str, str]:
+    headers = {"X-Served-By": facts["served_by"]}
+    if "attempts" in facts:
+        headers["X-Portway-Attempts"] = facts["attempts"]
+    if "warnings" in facts:
+        headers["X-Portway-Warning"] = "; ".join(facts["warnings"])
+    return headers
+
+
+def _joined(attempts: list[Attempt]) -> str:
+    return "; ".join(str(attempt) for attempt in attempts)
+
+
+def _with_field(piece: bytes, at: int, facts: Mapping[str, Any]) -> bytes:
+    """The piece with `"portway":facts` in the event that begins at `at`; every event is a JSON object."""
+    if at < 0:
+        return piece
+    at += len(b"data: {")
+    return b'%b"portway":%b,%b' % (piece[:at], dumps(facts), piece[at:])
+
+
+# --- one connection -------------------------------------------------------------------------------
+
+
+class Handler(BaseHTTPRequestHandler):
+    """One client connection: reads requests as they come in, serves each on a worker.
+
+    Between requests, and while one comes in slowly, it is parked at the server and has no thread.
+    """
+
+    server: Server
+    head: RequestHead
+
+    def setup(self) -> None:
+        """No buffered files: requests are read, and answers written, in whole."""
+        self.connection: socket.socket = self.request
+        self.keep_alive = True
+        self.expires = time.monotonic() + self.server.daemon.state.config.server.idle_timeout
+        self._buffer = b""
+        self._reading: Incoming | None = None
+        self.watch = ClientWatch(self.connection, self.read_ahead)
+
+    def handle(self) -> None:
+        self.server.park(self)
+
+    def finish(self) -> None:
+        """The connection outlives the constructor."""
+
+    # reading
+
+    def work(self) -> None:
+        """On a worker thread: serve what is there, then park or close."""
+        try:
+            while (incoming := self._whole_request()) is not None:
+                self._serve(incoming)
+                if not self.keep_alive:
+                    break
+                self._linger()
+            if self.keep_alive:
+                self.server.park(self)
+                return
+        except (OSError, ClientGone):
+            pass  # the client's end; there is nobody to tell
+        self.close()
+
+    def close(self) -> None:
+        self.server.forget(self)
+        self.connection.close()
+
+    def time_out(self) -> None:
+        """Waited too long while parked: 408 if it was in the middle of a request."""
+        self.keep_alive = False
+        if self._buffer or self._reading:
+            error = ClientError("The request did not come in in time.", status=408, code="request_timeout")
+            try:
+                self.connection.setblocking(False)
+                self.connection.send(_plain_head(408) + dumps(error.envelope()))
+            except OSError:
+                pass  # it does not read either
+        self.close()
+
+    def read_ahead(self) -> bool:
+        """Take what the client sends while its request is under way; False once it has ended its side."""
+        data = self.connection.recv(RECEIVE, socket.MSG_DONTWAIT)
+        self._buffer += data
+        if len(self._buffer) > MAX_PIPELINED:
+            self.watch.look_only_for_the_end()
+        return bool(data)
+
+    def _linger(self) -> None:
+        """Wait a little for the next request where it is cheapest, in recv(), before parking."""
+        if self._buffer or self.server.workers.are_short:
+            return
+        try:
+            data = self.connection.recv(RECEIVE)
+        except BlockingIOError:
+            return
+        if not data:
+            raise ClientGone
+        self._buffer = data
+
+    def _whole_request(self) -> Incoming | None:
+        """The next request with its body; None if it is not all in yet (or the connection is to close)."""
+        while True:
+            incoming = self._reading = self._reading or self._begin()
+            if incoming is not None:
+                try:
+                    self._buffer = incoming.feed(self._buffer)
+                except BadMessage as exc:
+                    incoming.refuse(as_client_error(exc))
+                if incoming.complete:
+                    self._reading = None
+                    return incoming
+            if not self._more():
+                return None
+
+    def _more(self) -> bool:
+        """Read what has come in, or comes in within SETTLE_MS; False if nothing does."""
+        try:
+            data = self.connection.recv(RECEIVE, socket.MSG_DONTWAIT)
+        except BlockingIOError:
+            poller = select.poll()
+            poller.register(self.connection, select.POLLIN)
+            if not poller.poll(SETTLE_MS):
+                return False
+            data = self.connection.recv(RECEIVE, socket.MSG_DONTWAIT)
+        if not data:
+            raise ClientGone
+        self._buffer += data
+        return True
+
+    def _begin(self) -> Incoming | None:
+        """The head of the next request, if it is all there."""
+        config = self.server.daemon.state.config.server
+        if self._buffer[:2] == b"\r\n":
+            self._buffer = self._buffer[2:]  # RFC 9112 section 2.2: one empty line before a request is let pass
+        end = self._buffer.find(b"\r\n\r\n")
+        now = time.monotonic()
+        if end < 0:
+            if len(self._buffer) > MAX_HEAD:
+                return Incoming.broken(BadMessage(f"the head is longer than {MAX_HEAD} bytes", 431))
+            if not self._buffer:
+                self.expires = now + config.idle_timeout
+            elif self.expires > now + config.header_timeout:
+                self.expires = now + config.header_timeout
+            return None
+        head, self._buffer = self._buffer[:end], self._buffer[end + 4 :]
+        self.expires = now + config.body_timeout
+        try:
+            incoming = Incoming(parse_request(head), config.max_body)
+        except BadMessage as exc:
+            return Incoming.broken(exc)
+        self._admit(incoming)
+        return incoming
+
+    def _admit(self, incoming: Incoming) -> None:
+        """Check the head before the body is read."""
+        try:
+            incoming.cors = self.server.daemon.state.guards.check(incoming.head)
+        except ClientError as exc:
+            incoming.refuse(exc)
+        expect = incoming.head.headers.get("expect", "").lower()
+        if expect == "100-continue" and not incoming.refusal and not self._buffer and not incoming.complete:
+            self.send(b"HTTP/1.1 100 Continue\r\n\r\n")
+
+    # answering
+
+    def _serve(self, incoming: Incoming) -> None:
+        """Answer one request, whatever becomes of it, and write it down."""
+        self.head = incoming.head
+        self.keep_alive = incoming.head.keep_alive and not incoming.poisoned
+        self._cors = incoming.cors
+        self._record = self.server.daemon.new_record(self.head)
+        self._stream: EventStream | None = None
+        self.watch.look_for_all()
+        with self.server.in_flight:
+            try:
+                self._dispatch(incoming)
+            except ClientGone:
+                self._record.cancelled_in = self.watch.phase
+                self.keep_alive = False
+            except PortwayError as exc:
+                self._fail(exc)
+            except OSError as exc:
+                self._record.cancelled_in = "stalled" if isinstance(exc, BlockingIOError) else self.watch.phase
+                self.keep_alive = False
+            except Exception as exc:  # noqa: BLE001 - the last resort: logged with its id, never shown
+                self._fail(self.server.daemon.unforeseen(exc))
+            finally:
+                self.server.daemon.finish_record(self._record, self.watch.waited)
+        if incoming.poisoned:
+            self._say_goodbye()
+
+    def _dispatch(self, incoming: Incoming) -> None:
+        if incoming.refusal:
+            raise incoming.refusal
+        if self.server.draining:
+            raise ClientError("Portway is stopping.", status=503, type="api_error", headers={"Retry-After": "1"})
+        head = incoming.head
+        if head.method == "OPTIONS":
+            self.respond(204, {"Allow": "GET, HEAD, OPTIONS, POST", **(_PREFLIGHT if self._cors else {})}, b"")
+            return
+        name, rest = route(head.method, head.path)
+        if name != "get_health":
+            self.server.daemon.state.guards.check_key(head)
+        getattr(self, name)(rest if head.method != "POST" else incoming.body)
+
+    def post_chat(self, raw: bytes) -> None:
+        self._complete("chat", raw)
+
+    def post_completions(self, raw: bytes) -> None:
+        self._complete("completions", raw)
+
+    def post_embeddings(self, raw: bytes) -> None:
+        self._complete("embeddings", raw)
+
+    def _complete(self, endpoint: Endpoint, raw: bytes) -> None:
+        """The pipeline: call -> served by some target -> relayed."""
+        state = self.server.daemon.state
+        call = read_call(endpoint, raw, state.config)
+        self._record.begin(call)
+        stream = self._stream = EventStream(self, call) if call.stream else None
+        self.watch.begin(state.config.server.heartbeat, stream.beat if stream else None)
+        served = state.router.serve(call, self.watch, fallback=self._may_fall_back())
+        self.watch.phase = "answer"
+        try:
+            if stream:
+                stream.relay(served)
+            else:
+                self.respond(200, _headers(_facts(served)), served.whole or b"")
+        finally:
+            served.answer.close()
+            self._record.served(served, stream.ttft if stream else None)
+
+    def _may_fall_back(self) -> bool:
+        wish = self.head.headers.get("x-portway-fallback", "on").lower()
+        if wish not in ("on", "off"):
+            raise ClientError("X-Portway-Fallback is on or off.", param="X-Portway-Fallback")
+        return wish == "on"
+
+    def get_models(self, _rest: str) -> None:
+        daemon = self.server.daemon
+        cards = [daemon.card(model) for model in daemon.state.config.models.values()]
+        self.respond(200, {}, dumps({"object": "list", "data": cards}))
+
+    def get_model(self, name: str) -> None:
+        daemon = self.server.daemon
+        self.respond(200, {}, dumps(daemon.card(find_model(name, daemon.state.config))))
+
+    def get_health(self, _rest: str) -> None:
+        self.respond(200, {}, dumps(self.server.daemon.health()))
+
+    # writing
+
+    def send(self, data: bytes) -> None:
+        """All of it, or OSError; a client that does not read fails it after server.write_timeout."""
+        self.connection.sendall(data)
+
+    def respond(self, status: int, headers: Mapping[str, str], body: bytes) -> None:
+        """A whole answer in one write."""
+        self._record.status = status
+        kind = {"Content-Type": "application/json"} if body else {}
+        head = self.head_bytes(status, {**kind, "Content-Length": str(len(body)), **headers})
+        self.send(head if self.head.method == "HEAD" else head + body)
+
+    def head_bytes(self, status: int, headers: Mapping[str, str]) -> bytes:
+        self._record.status = status
+        lines = [self.server.status_line(status)]
+        lines += [f"{name}: {value}\r\n" for name, value in headers.items()]
+        lines += [f"{name}: {value}\r\n" for name, value in self._cors.items()]
+        if not self.keep_alive:
+            lines.append("Connection: close\r\n")
+        elif self.head.minor == 0:
+            lines.append("Connection: keep-alive\r\n")
+        lines.append("\r\n")
+        return "".join(lines).encode("latin-1", "replace")
+
+    def _fail(self, error: PortwayError) -> None:
+        """The error as the rest of a begun stream, else as an answer of its own."""
+        self._record.failed(error)
+        try:
+            if self._stream and self._stream.started:
+                self._stream.fail(error)
+                return
+            headers = dict(error.headers)
+            body = dumps(error.envelope())
+            if isinstance(error, ChainExhausted):
+                headers["X-Portway-Attempts"] = _joined(error.attempts)
+                body = error.body or body
+            self.respond(error.status, headers, body)
+        except OSError:
+            self.keep_alive = False
+
+    def _say_goodbye(self) -> None:
+        """Let a client that is still sending read the refusal: closing at once would reset it unread."""
+        self.connection.shutdown(socket.SHUT_WR)
+        poller = select.poll()
+        poller.register(self.connection, select.POLLIN)
+        until = time.monotonic() + GOODBYE
+        while (left := until - time.monotonic()) > 0 and poller.poll(int(left * 1000) + 1):
+            if not self.connection.recv(RECEIVE, socket.MSG_DONTWAIT):
+                return
+
+
+_PREFLIGHT = {
+    "Access-Control-Allow-Methods": "GET, HEAD, OPTIONS, POST",
+    "Access-Control-Allow-Headers": "*, Authorization",
+    "Access-Control-Max-Age": "600",
+}
+
+
+def _plain_head(status: int) -> bytes:
+    phrase = HTTPStatus(status).phrase
+    return f"HTTP/1.1 {status} {phrase}\r\nContent-Type: application/json\r\nConnection: close\r\n\r\n".encode()
+
+
+# --- the server -----------------------------------------------------------------------------------
+
+
+class Server(ThreadingHTTPServer):
+    """Accepts, holds the connections without a request, and hands those with one to the workers.
+
+    All of `_parked` and the selector belong to the thread in serve_forever; other threads hand
+    connections to it through `_arrivals` and wake it up.
+    """
+
+    request_queue_size = 1024
+    daemon_threads = True
+
+    def __init__(self, daemon: Daemon) -> None:
+        config = daemon.state.config.server
+        self.daemon = daemon
+        self.draining = False
+        self.in_flight = InFlight()
+        self.workers = Workers(config.max_requests, "worker")
+        self._limit = config.max_connections
+        self._send_timeout = struct.pack("ll", int(config.write_timeout), 0)
+        self._linger = struct.pack("ll", 0, int(LINGER * 1e6))
+        self._open: set[Handler] = set()
+        self._parked: dict[int, Handler] = {}
+        self._arrivals: deque[Handler] = deque()
+        self._wake, self._woken = socket.socketpair()
+        self._stopping = threading.Event()
+        self._stopped = threading.Event()
+        self._status_lines: dict[int, tuple[int, str]] = {}
+        self._selector = selectors.DefaultSelector()
+        self.address_family = socket.AF_INET6 if ":" in config.host else socket.AF_INET
+        super().__init__((config.host, config.port), Handler)
+
+    def server_bind(self) -> None:
+        """Without HTTPServer's getfqdn(), which may ask a name server that is not there."""
+        socketserver.TCPServer.server_bind(self)
+        self.server_name, self.server_port = self.server_address[0], self.server_address[1]
+
+    def serve_forever(self, poll_interval: float = SWEEP) -> None:
+        """The accepting thread's loop, until shutdown()."""
+        self.socket.setblocking(False)
+        self._woken.setblocking(False)
+        self._selector.register(self.socket, selectors.EVENT_READ)
+        self._selector.register(self._woken, selectors.EVENT_READ)
+        swept = time.monotonic()
+        try:
+            while not self._stopping.is_set():
+                for key, _ in self._selector.select(poll_interval):
+                    self._stirred(key.fileobj, key.data)
+                if time.monotonic() - swept >= SWEEP:
+                    self._sweep()
+                    swept = time.monotonic()
+        finally:
+            self._stopped.set()
+
+    def shutdown(self) -> None:
+        """Stop accepting; requests in flight go on."""
+        self._stopping.set()
+        self._wake_up()
+        self._stopped.wait(5)
+
+    def server_close(self) -> None:
+        self.socket.close()
+        for handler in list(self._open):
+            handler.connection.close()
+        self._selector.close()
+        self._wake.close()
+        self._woken.close()
+
+    def process_request(self, request: Any, client_address: Any) -> None:
+        """A new connection. Its Handler parks itself here until there is something to read."""
+        request.setblocking(True)  # macOS lets it inherit the listener's non-blocking mode
+        request.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        request.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, self._send_timeout)
+        request.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, self._linger)
+        if len(self._open) >= self._limit and not self._evict(1):
+            request.close()
+            return
+        self.finish_request(request, client_address)
+
+    def get_request(self) -> tuple[Any, Any]:
+        try:
+            return super().get_request()
+        except OSError as exc:
+            if exc.errno in (errno.EMFILE, errno.ENFILE) and not self._evict(16):
+                time.sleep(0.05)  # every descriptor is in use for a request; the listener stays readable
+            raise
+
+    def park(self, handler: Handler) -> None:
+        """Hold a connection until bytes come, or until it `expires`. Any thread."""
+        self._open.add(handler)
+        self._arrivals.append(handler)
+        self._wake_up()
+
+    def forget(self, handler: Handler) -> None:
+        """The connection is closing. Any thread."""
+        self._open.discard(handler)
+
+    @property
+    def connections(self) -> int:
+        return len(self._open)
+
+    def status_line(self, status: int) -> str:
+        """The first lines of every answer, made anew once a second for the Date."""
+        second = int(time.time())
+        made = self._status_lines.get(status)
+        if made is None or made[0] != second:
+            date = time.strftime("%a, %d %b %Y %H:%M:%S GMT", time.gmtime(second))
+            line = f"HTTP/1.1 {status} {HTTPStatus(status).phrase}\r\nServer: portway\r\nDate: {date}\r\n"
+            made = self._status_lines[status] = (second, line)
+        return made[1]
+
+    def _stirred(self, source: Any, handler: Handler | None) -> None:
+        if source is self.socket:
+            self._handle_request_noblock()
+        elif handler is not None:
+            self._unpark(handler)
+            self.workers.submit(handler.work)
+        else:
+            self._take_arrivals()
+
+    def _take_arrivals(self) -> None:
+        try:
+            self._woken.recv(4096)
+        except BlockingIOError:
+            return
+        while self._arrivals:
+            handler = self._arrivals.popleft()
+            self._parked[handler.connection.fileno()] = handler
+            self._selector.register(handler.connection, selectors.EVENT_READ, handler)
+
+    def _unpark(self, handler: Handler) -> None:
+        self._selector.unregister(handler.connection)
+        del self._parked[handler.connection.fileno()]
+
+    def _sweep(self) -> None:
+        now = time.monotonic()
+        for handler in [handler for handler in self._parked.values() if handler.expires <= now]:
+            self._unpark(handler)
+            handler.time_out()
+
+    def _evict(self, count: int) -> bool:
+        """Close connections that have been idle longest, to make room; whether there were any."""
+        victims = sorted(self._parked.values(), key=lambda handler: handler.expires)[:count]
+        for handler in victims:
+            self._unpark(handler)
+            handler.close()
+        return bool(victims)
+
+    def _wake_up(self) -> None:
+        try:
+            self._wake.send(b"\0", socket.MSG_DONTWAIT)
+        except BlockingIOError:
+            pass  # it has been woken often enough
+        except OSError:
+            pass  # it is closed: the daemon has ended
+
+
+class InFlight:
+    """Counts the requests under way. The condition guards `count`."""
+
+    def __init__(self) -> None:
+        self.count = 0
+        self._changed = threading.Condition()
+
+    def __enter__(self) -> None:
+        with self._changed:
+            self.count += 1
+
+    def __exit__(self, *_: object) -> None:
+        with self._changed:
+            self.count -= 1
+            if not self.count:
+                self._changed.notify_all()
+
+    def wait_for_none(self, timeout: float) -> bool:
+        """Until the last one has ended, for `timeout` seconds at most; whether it has."""
+        with self._changed:
+            return self._changed.wait_for(lambda: not self.count, timeout)
+
+
+# --- the daemon -----------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class State:
+    """All that follows from one configuration. A reload swaps it whole; a request keeps the one it began with."""
+
+    config: Config
+    guards: Guards
+    backends: Mapping[str, Backend]
+    router: Router
+
+
+class Daemon:
+    """The running program: the present State, the server, and what outlives both."""
+
+    def __init__(self, config: Config, *, say: Callable[[str], None] | None = None) -> None:
+        self._say = say or _to_stderr
+        self._cooling = Cooling(config.cooldown)
+        self._started = time.time()
+        self._problem: str | None = None  # why the newest configuration is not in force
+        self.state = self._build(config)
+        self._server = Server(self)
+        self._thread = threading.Thread(target=self._server.serve_forever, name="portway-accept", daemon=True)
+
+    @property
+    def port(self) -> int:
+        return int(self._server.server_address[1])
+
+    @property
+    def url(self) -> str:
+        host = self.state.config.server.host
+        return f"http://{f'[{host}]' if ':' in host else host}:{self.port}"
+
+    def start(self) -> None:
+        """Accept connections, on a thread of its own."""
+        self._thread.start()
+
+    def stop(self, drain: float | None = None) -> bool:
+        """Take no more, let requests in flight end for `drain` seconds (default: server.drain), close.
+        Whether all of them ended."""
+        self._server.draining = True
+        seconds = self.state.config.server.drain if drain is None else drain
+        ended = self._server.in_flight.wait_for_none(seconds)
+        if self._thread.is_alive():
+            self._server.shutdown()
+        self._server.server_close()
+        for backend in self.state.backends.values():
+            backend.close()
+        return ended
+
+    def use(self, config: Config) -> None:
+        """Serve by another configuration from the next request on. The address stays the one it listens on."""
+        server = replace(config.server, host=self.state.config.server.host, port=self.state.config.server.port)
+        config = replace(config, server=server)
+        old, self.state = self.state, self._build(config)
+        self._cooling.rule = config.cooldown
+        self._problem = None
+        for backend in old.backends.values():
+            backend.close()
+
+    def refuse(self, problem: str) -> None:
+        """A new configuration is invalid: the old one stays, and /health says why."""
+        self._problem = problem
+        self._say(f"the configuration was not reloaded; the old one stays in force. {problem}")
+
+    def card(self, model: Model) -> dict[str, Any]:
+        """A model as /v1/models shows it. The window stands under the three names that clients look for."""
+        card: dict[str, Any] = {
+            "id": model.name,
+            "object": "model",
+            "created": int(self._started),
+            "owned_by": "portway",
+        }
+        if model.num_ctx is not None:
+            card |= {"context_length": model.num_ctx, "context_window": model.num_ctx, "meta": {"n_ctx": model.num_ctx}}
+        card["portway"] = {
+            "backend": model.backend.name,
+            "kind": model.backend.kind,
+            "model": model.model,
+            "family": model.family,
+            "chain": [member.name for member in self.state.config.chain(model)],
+            "aliases": list(model.aliases),
+        }
+        return card
+
+    def health(self) -> dict[str, Any]:
+        """GET /health. Asks nobody: it tells what is known."""
+        config = self.state.config
+        cooling = self._cooling.cooling()
+        return {
+            "status": "ok",
+            "version": __version__,
+            "uptime_s": round(time.time() - self._started, 1),
+            "config": {"path": config.path, "problem": self._problem},
+            "in_flight": self._server.in_flight.count,
+            "connections": self._server.connections,
+            "cooling": [
+                {"backend": backend, "model": model, "seconds": round(left, 1)}
+                for (backend, model), left in sorted(cooling.items())
+            ],
+        }
+
+    def new_record(self, head: RequestHead) -> Record:
+        return Record()
+
+    def finish_record(self, record: Record, waited: float) -> None:
+        pass
+
+    def unforeseen(self, exc: Exception) -> PortwayError:
+        """A bug of ours: its trace goes to stderr under an id, and only the id to the client."""
+        name = os.urandom(6).hex()
+        self._say(f"unforeseen error {name}\n{''.join(traceback.format_exception(exc))}")
+        return PortwayError(
+            f"An error inside Portway; its log says more under {name}.", status=500, type="api_error", code="internal"
+        )
+
+    def _build(self, config: Config) -> State:
+        backends = {name: _KINDS[backend.kind](backend) for name, backend in config.backends.items()}
+        return State(config, Guards(config), backends, Router(config, backends, self._cooling))
+
+
+_KINDS: Mapping[str, Callable[[Any], Backend]] = {"ollama": OllamaBackend, "openai": OpenAIBackend}
+
+
+def _to_stderr(text: str) -> None:
+    print(f"portway: {text}", file=sys.stderr, flush=True)
+
+
+def serve(config: Config, *, config_path: str | None, environ: Mapping[str, str]) -> int:
+    """Serve until SIGTERM or SIGINT; reload on SIGHUP and when the file has changed. The exit code."""
+    try:
+        daemon = Daemon(config)
+    except OSError as exc:
+        where = f"{config.server.host}:{config.server.port}"
+        _to_stderr(f"can't listen on {where}: {exc.strerror}; stop what does, or change server.port")
+        return 1
+    for warning in config.warnings:
+        _to_stderr(f"warning: {warning}")
+    events: SimpleQueue[str] = SimpleQueue()  # its put() may be called from a signal handler
+    signal.signal(signal.SIGTERM, lambda *_: events.put("stop"))
+    signal.signal(signal.SIGINT, lambda *_: events.put("stop"))
+    signal.signal(signal.SIGHUP, lambda *_: events.put("reload"))
+    daemon.start()
+    _to_stderr(f"listening on {daemon.url}/v1, configured by {config.path}")
+    _attend(daemon, ConfigWatcher(config_path, environ), events)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # a second one ends it at once
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    return 0 if daemon.stop() else 1
+
+
+def _attend(daemon: Daemon, watcher: ConfigWatcher, events: SimpleQueue[str]) -> None:
+    """Until "stop": reload when told to and when the file has changed."""
+    event = "start"
+    while event != "stop":
+        try:
+            new = watcher.reload() if event else watcher.poll()
+        except ConfigError as exc:
+            daemon.refuse(str(exc))
+        else:
+            if new is not None and event != "start":
+                daemon.use(new)
+                _to_stderr(f"configuration reloaded from {new.path}")
+        try:
+            event = events.get(timeout=WATCH_CONFIG)
+        except Empty:
+            event = ""

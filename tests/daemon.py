@@ -1,0 +1,129 @@
+"""Portway itself for tests: in this process, or as the program a user starts. Both listen on a free port.
+
+    with Daemon(toml) as daemon, daemon.client() as client:
+        client.call("GET", "/v1/models")
+
+`toml` is a models.toml's text. Nothing here knows which backends it names.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import tempfile
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Self
+
+from portway import config, proxy
+from tests.doubles import RawClient
+from tests.llama_server import wait_for
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+class _Running:
+    """What both kinds have in common: an address, and clients of it."""
+
+    port = 0
+
+    @property
+    def url(self) -> str:
+        """The base URL that SDKs want."""
+        return f"http://127.0.0.1:{self.port}/v1"
+
+    def client(self) -> RawClient:
+        """A new connection to it."""
+        return RawClient(self.port)
+
+
+class Daemon(_Running):
+    """The daemon in threads of this process. Its log's lines are in `log`."""
+
+    def __init__(self, toml: str, environ: Mapping[str, str] | None = None) -> None:
+        parsed = config.parse(toml, "models.toml", environ or {})
+        self.config = replace(parsed, server=replace(parsed.server, port=0))
+        self.log: list[str] = []
+        self._daemon = proxy.Daemon(self.config, say=self.log.append)
+
+    def __enter__(self) -> Self:
+        self._daemon.start()
+        self.port = self._daemon.port
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._daemon.stop(drain=1.0)
+
+
+class DaemonProcess(_Running):
+    """`portway serve` as a process of its own, isolated as a service would run it.
+
+    `configuration` is the file it reads: write to it to change what is served.
+    """
+
+    def __init__(self, toml: str, environ: Mapping[str, str] | None = None, *args: str) -> None:
+        self._folder = tempfile.TemporaryDirectory(prefix="portway-daemon-")
+        self.configuration = Path(self._folder.name) / "models.toml"
+        self.configuration.write_text(toml, encoding="utf-8")
+        self._environ = {**os.environ, **(environ or {})}
+        self._args = args
+        self._process: subprocess.Popen[bytes] | None = None
+
+    @property
+    def log(self) -> str:
+        """What it has written to stdout and stderr so far."""
+        return (Path(self._folder.name) / "log").read_text(encoding="utf-8", errors="replace")
+
+    @property
+    def pid(self) -> int:
+        """The process that serves."""
+        assert self._process is not None
+        return self._process.pid
+
+    def __enter__(self) -> Self:
+        command = [sys.executable, "-I", "-S", str(ROOT / "portway"), "serve", "--port", "0"]
+        command += ["--config", str(self.configuration), *self._args]
+        with (Path(self._folder.name) / "log").open("wb") as log:
+            self._process = subprocess.Popen(
+                command, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT, env=self._environ
+            )
+        try:
+            wait_for(self._is_up, "the daemon's being up", lambda: self.log)
+        except BaseException:
+            self._end()
+            raise
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._end()
+
+    def send(self, number: signal.Signals) -> None:
+        """Send it a signal."""
+        os.kill(self.pid, number)
+
+    def wait(self, timeout: float = 10.0) -> int:
+        """Wait until it has ended by itself. Returns its exit code."""
+        assert self._process is not None
+        return self._process.wait(timeout)
+
+    def _is_up(self) -> bool:
+        assert self._process is not None
+        if self._process.poll() is not None:
+            raise AssertionError(f"the daemon ended with {self._process.returncode}:\n{self.log}")
+        listening = re.search(r"http://127\.0\.0\.1:(\d+)", self.log)
+        self.port = int(listening[1]) if listening else 0
+        return self.port != 0
+
+    def _end(self) -> None:
+        if self._process is not None and self._process.poll() is None:
+            self._process.terminate()
+            try:
+                self._process.wait(10.0)
+            except subprocess.TimeoutExpired:
+                self._process.kill()
+                self._process.wait(10.0)
+        self._folder.cleanup()

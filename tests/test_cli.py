@@ -1,0 +1,255 @@
+"""The command line: what it accepts, what it says, what it returns."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import re
+import subprocess
+import sys
+import tempfile
+import types
+import unittest
+from pathlib import Path
+from typing import Any, NamedTuple
+from unittest import mock
+
+from portway import __version__, cli
+
+ROOT = Path(__file__).resolve().parent.parent
+VALID = '[backends.b]\nkind = "ollama"\nurl = "http://127.0.0.1:1"\n[models.m]\nbackend = "b"\nmodel = "x"\n'
+KEYED = f'[server]\napi_keys = ["sk-1"]\n{VALID}'
+
+
+class Outcome(NamedTuple):
+    """What a command came to."""
+
+    status: int
+    out: str
+    err: str
+
+
+def run(*argv: str) -> Outcome:
+    """Run the command line in this process."""
+    out, err = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        status = cli.main(argv)
+    return Outcome(status, out.getvalue(), err.getvalue())
+
+
+class CliTest(unittest.TestCase):
+    """With a folder for configurations, and what a command starts replaced by a recorder."""
+
+    def setUp(self) -> None:
+        self.folder = Path(self.enterContext(tempfile.TemporaryDirectory()))
+        clean = {"HOME": str(self.folder), "PATH": "/usr/bin:/bin"}
+        self.enterContext(mock.patch.dict("os.environ", clean, clear=True))
+
+    def write(self, text: str) -> str:
+        """The path of a new configuration."""
+        path = self.folder / "models.toml"
+        path.write_text(text, encoding="utf-8")
+        return str(path)
+
+    def record(self, module: str, function: str) -> mock.Mock:
+        """Replace portway.`module` by one whose `function` records its calls and returns 0."""
+        import portway
+
+        recorder = mock.Mock(return_value=0)
+        double = types.ModuleType(f"portway.{module}")
+        setattr(double, function, recorder)
+        self.enterContext(mock.patch.dict(sys.modules, {f"portway.{module}": double}))
+        self.enterContext(mock.patch.object(portway, module, double, create=True))
+        return recorder
+
+
+class HelpTest(CliTest):
+    """What Portway says of itself."""
+
+    def test_version(self) -> None:
+        """--version is one line."""
+        self.assertEqual((0, f"portway {__version__}\n", ""), run("--version"))
+
+    def test_help(self) -> None:
+        """--help, -h and help are the same, name every command, and go to stdout."""
+        self.assertEqual((0, cli.HELP, ""), run("--help"))
+        self.assertEqual(run("--help"), run("-h"))
+        self.assertEqual(run("--help"), run("help"))
+        for command in (*cli._commands(), "standin"):
+            self.assertRegex(cli.HELP, rf"(?m)^  {command} +\w")
+
+    def test_command_help_has_every_option(self) -> None:
+        """Each command's own help describes exactly the options that it takes."""
+        for name, command in cli._commands().items():
+            with self.subTest(command=name):
+                outcome = run(name, "--help")
+                self.assertEqual((0, command.help, ""), outcome)
+                described = re.findall(r"^  (--[a-z]+)", command.help.partition("Options:")[2], re.MULTILINE)
+                self.assertEqual(sorted(command.options), sorted(described))
+                in_usage = re.findall(r"\[(--[a-z]+)", command.help.splitlines()[0])
+                self.assertEqual(sorted(command.options), sorted(in_usage))
+
+    def test_exit_codes_are_documented(self) -> None:
+        """The help lists every exit code there is."""
+        listed = re.findall(r"^  (\d+) ", cli.HELP.partition("Exit status:")[2], re.MULTILINE)
+        codes = [cli.OK, cli.FAILED, cli.USAGE, cli.BAD_CONFIG, cli.INTERRUPTED]
+        self.assertEqual(sorted(codes), sorted(map(int, listed)))
+
+    def test_lines_fit(self) -> None:
+        """Help fits a terminal of 80 columns."""
+        for text in (cli.HELP, *(command.help for command in cli._commands().values())):
+            self.assertLess(max(map(len, text.splitlines())), 80)
+
+
+class UsageTest(CliTest):
+    """Command lines that can't be understood."""
+
+    def test_nothing(self) -> None:
+        """Without a command the help goes to stderr and the exit code is 2."""
+        self.assertEqual((2, "", cli.HELP), run())
+
+    def test_mistakes(self) -> None:
+        """Each mistake is one line on stderr that says what was meant, or where to look; the exit code is 2."""
+        for argv, said in {
+            ("sevre",): "unknown command 'sevre'; did you mean serve?",
+            ("--verison",): "unknown command '--verison'; did you mean --version?",
+            ("frobnicate",): "unknown command 'frobnicate'; see `portway --help`",
+            ("check", "--confg", "x"): "unknown option '--confg'; did you mean --config?",
+            ("check", "models.toml"): "unknown argument 'models.toml'; see `portway check --help`",
+            ("check", "--config"): "--config needs a value",
+            ("check", "--config="): "--config needs a value",
+            ("demo", "--once=1"): "--once takes no value",
+            ("serve", "--port", "http"): "--port http: not a port, which is a whole number from 0 to 65535",
+            ("serve", "--port=65536"): "--port 65536: not a port, which is a whole number from 0 to 65535",
+            ("serve", "--port=-1"): "--port -1: not a port, which is a whole number from 0 to 65535",
+        }.items():
+            with self.subTest(argv=argv):
+                self.assertEqual((2, "", f"portway: {said}\n"), run(*argv))
+
+
+class CheckTest(CliTest):
+    """portway check."""
+
+    def test_shipped(self) -> None:
+        """The configuration that comes with Portway is valid."""
+        outcome = run("check")
+        self.assertEqual((0, ""), (outcome.status, outcome.err))
+        self.assertIn("models.toml: ok, ", outcome.out)
+
+    def test_given(self) -> None:
+        """--config FILE and --config=FILE read that file."""
+        path = self.write(VALID)
+        for argv in (("--config", path), (f"--config={path}",)):
+            outcome = run("check", *argv)
+            self.assertEqual(0, outcome.status, outcome.err)
+            self.assertIn(path, outcome.out)
+
+    def test_mistakes(self) -> None:
+        """All mistakes are on stderr, one a line, and the exit code is 78."""
+        path = self.write(VALID.replace("ollama", "olama").replace("model =", "modle ="))
+        outcome = run("check", "--config", path)
+        self.assertEqual((78, ""), (outcome.status, outcome.out))
+        self.assertIn("backends.b.kind", outcome.err)
+        self.assertIn("models.m.modle", outcome.err)
+        self.assertIn("models.m.model: missing", outcome.err)
+
+    def test_missing_file(self) -> None:
+        """A file that is asked for and not there is a mistake, not a reason to read another one."""
+        outcome = run("check", "--config", str(self.folder / "none.toml"))
+        self.assertEqual(78, outcome.status)
+        self.assertIn("none.toml", outcome.err)
+
+
+class ServeTest(CliTest):
+    """portway serve, up to where the daemon takes over."""
+
+    def serve(self, *argv: str) -> Any:
+        """The recorded call of proxy.serve."""
+        serve = self.record("proxy", "serve")
+        outcome = run("serve", *argv)
+        self.assertEqual((0, "", ""), outcome)
+        return serve.call_args
+
+    def test_configuration(self) -> None:
+        """The daemon gets the checked configuration, and where it came from, to read it again."""
+        path = self.write(VALID)
+        call = self.serve("--config", path)
+        self.assertEqual(path, call.args[0].path)
+        self.assertEqual(path, call.kwargs["config_path"])
+        self.assertEqual(11436, call.args[0].server.port)
+
+    def test_found_configuration(self) -> None:
+        """Without --config the daemon is told that it was found, so that it is found again."""
+        self.assertIsNone(self.serve().kwargs["config_path"])
+
+    def test_address(self) -> None:
+        """--host and --port take the place of the file's."""
+        server = self.serve("--config", self.write(VALID), "--host", "::1", "--port", "0").args[0].server
+        self.assertEqual(("::1", 0), (server.host, server.port))
+
+    def test_open_address_needs_keys(self) -> None:
+        """An address that other machines can reach is refused on the command line as it is in the file."""
+        serve = self.record("proxy", "serve")
+        for host in ("0.0.0.0", "192.168.1.7", "::", "box.lan"):
+            outcome = run("serve", "--config", self.write(VALID), "--host", host)
+            self.assertEqual(2, outcome.status)
+            self.assertIn("server.api_keys is empty", outcome.err)
+        serve.assert_not_called()
+        self.assertEqual("0.0.0.0", self.serve("--config", self.write(KEYED), "--host", "0.0.0.0").args[0].server.host)
+
+    def test_bad_configuration(self) -> None:
+        """With a mistake in the configuration nothing is started."""
+        serve = self.record("proxy", "serve")
+        self.assertEqual(78, run("serve", "--config", self.write("[modles]")).status)
+        serve.assert_not_called()
+
+    def test_exit_code(self) -> None:
+        """The daemon's exit code is the command's."""
+        self.record("proxy", "serve").return_value = 1
+        self.assertEqual(1, run("serve", "--config", self.write(VALID)).status)
+
+
+class OtherCommandsTest(CliTest):
+    """What is only handed on."""
+
+    def test_demo(self) -> None:
+        """The demo gets its options."""
+        demo = self.record("demo", "main")
+        self.assertEqual(0, run("demo").status)
+        self.assertEqual(0, run("demo", "--live", "--port", "0", "--once").status)
+        self.assertEqual(
+            [mock.call(live=False, port=None, once=False), mock.call(live=True, port=0, once=True)],
+            demo.call_args_list,
+        )
+
+    def test_standin(self) -> None:
+        """The stand-in reads its own arguments, --help included."""
+        standin = self.record("standin", "main")
+        self.assertEqual(0, run("standin", "--port", "0", "--help").status)
+        standin.assert_called_once_with(["--port", "0", "--help"])
+
+    def test_interrupt(self) -> None:
+        """Ctrl-C ends a command without a traceback."""
+        self.record("demo", "main").side_effect = KeyboardInterrupt
+        self.assertEqual((130, "", ""), run("demo"))
+
+
+class ProcessTest(unittest.TestCase):
+    """The command line as a program."""
+
+    def test_reader_leaves(self) -> None:
+        """When whoever reads the output has seen enough, there is no traceback."""
+        command = [sys.executable, "-I", "-S", str(ROOT / "portway"), "--help"]
+        with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+            assert process.stdout is not None
+            process.stdout.close()
+            _, err = process.communicate(timeout=10)
+        self.assertEqual((1, b""), (process.returncode, err))
+
+    def test_check_is_light(self) -> None:
+        """`check` starts without the modules that only serving needs."""
+        code = "import sys; from portway.cli import main; main(['check']); print(*sys.modules, file=sys.stderr)"
+        done = subprocess.run([sys.executable, "-S", "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+        heavy = {"argparse", "asyncio", "email", "http.client", "http.server", "json", "logging", "pathlib"}
+        heavy |= {"selectors", "socket", "ssl", "subprocess", "threading", "urllib.request"}
+        self.assertEqual(set(), heavy & set(done.stderr.split()))
