@@ -40,7 +40,7 @@ class OllamaBackend:
         request = b"%s%d\r\n\r\n%s" % (self._heads[call.endpoint], len(body), body)
         reply = self._pool.exchange(request, limits, watch, patience)
         if reply.head.status != 200:
-            raise error_of(reply, target)
+            raise error_of(reply, target.model, target.backend)
         if call.endpoint == "embeddings":
             return EmbeddingAnswer(call, target, reply, warnings, payload["input"])
         return OllamaAnswer(call, target, reply, patience, warnings, prompt_chars(payload))

@@ -53,7 +53,7 @@ class OpenAIBackend:
             if reply.head.status == 200:
                 watch.phase = "prompt"
                 return OpenAIAnswer(call, target, reply, patience)
-            error = error_of(reply, target)
+            error = error_of(reply, target.model, target.backend)
             if not is_loading(reply.head.status, error.message):
                 raise error
             if time.monotonic() >= load_until:

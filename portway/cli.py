@@ -76,7 +76,7 @@ Options:
 
 Signals:
   SIGTERM, SIGINT  accept nothing more, give requests in flight server.drain
-                   seconds to end, and exit
+                   seconds to end, and exit; a second one ends them at once
   SIGHUP           read the configuration again, as after any change of the
                    file; one with mistakes is reported and not used
 """

@@ -19,7 +19,7 @@ from types import MappingProxyType
 from typing import Any, Literal, NamedTuple
 
 from portway import fields
-from portway.fields import Mistake as Mistake
+from portway.fields import Mistake
 
 
 @dataclass(frozen=True, slots=True)
@@ -298,7 +298,7 @@ def _stamp(path: str, status: os.stat_result) -> _Stamp:
 
 
 def _unreadable(path: str, exc: OSError) -> ConfigError:
-    return ConfigError(path, [Mistake("", f"can't be read: {exc.strerror or type(exc).__name__}", "a file in TOML")])
+    return ConfigError(path, [Mistake("", f"can't be read: {exc.strerror}", "a file in TOML")])
 
 
 def _checked(source: _Source, environ: Mapping[str, str]) -> Config:

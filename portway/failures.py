@@ -19,6 +19,16 @@ if TYPE_CHECKING:
 
 MAX_MESSAGE = 2000  # characters of a backend's own words that are passed on
 
+# Statuses that need no words. 402: out of credit, so nothing on this backend will work; 529: overloaded.
+_BY_STATUS = {
+    401: "backend_auth",
+    402: "backend_auth",
+    403: "backend_auth",
+    429: "rate_limited",
+    503: "busy",
+    529: "busy",
+}
+
 # The prompt does not fit the window. One phrase a server, newest wording first where they changed.
 CONTEXT_PHRASES = (
     "exceeds the available context size",  # llama-server, chat and completions
@@ -56,9 +66,14 @@ _CAPABILITY = {
 _UNSUPPORTED_PHRASES = (
     ("image input is not supported", "vision"),  # llama-server without --mmproj, a 500
     ("is not a multimodal model", "vision"),  # vLLM
+    ("does not support multimodal", "vision"),  # Ollama, models with a Go template
     ("tools param requires", "tools"),  # llama-server without --jinja, a 500
     ("tool choice requires", "tools"),  # vLLM without --enable-auto-tool-choice
+    ("logprobs is not supported with tools", "logprobs with tools"),  # Ollama and llama-server, streaming
+    ("invalid tool call arguments", "cut-off tool call"),  # Ollama, a 500, when the limit fell inside a call
 )
+# What Ollama blames itself for (500) though the request is at fault: no reason to cool it down.
+_REQUEST_PHRASES = ("must be of type", "invalid format:", "unsupported tool type")
 
 # A chat template that these messages break: the same messages will break it again.
 _TEMPLATE_PHRASES = ("jinja", "chat template", "chat_template", "roles must alternate", "apply template", "template: :")
@@ -88,12 +103,12 @@ def classify(
     if reason == "model_not_found":
         return _model_not_found(model, backend)
     if reason == "backend_auth":
-        return _auth_refused(status, backend)
+        return _auth_refused(status, backend, empty=not words.strip())
     return BackendError(
         reason,
         message,
         detail=detail,
-        status=status if reason == "bad_request" else None,
+        status=status if reason == "bad_request" and status < 500 else None,
         retry_after=retry_after,
         body=body if reason == "bad_request" else None,
     )
@@ -122,21 +137,30 @@ def read_error(body: bytes) -> tuple[str, str | None]:
     """(message, type) of an error answer's body. type: its `type` and `code` as words, None without any.
 
     Shapes seen: {"error":"text"} (Ollama), {"error":{"message","type","code"}} (OpenAI, llama-server),
-    {"message","type"} (older vLLM), {"detail":"text"} (FastAPI), plain text (Go, gateways).
+    {"message","type"} (older vLLM), {"detail":"text"} (FastAPI), plain text (Go, gateways); and the
+    second inside the first's text, where Ollama hands on what its runner said.
     """
-    try:
-        value = json.loads(body)
-    except (ValueError, RecursionError):
+    value = _document(body)
+    if value is None:
         text = body.decode("utf-8", "replace").strip()
         return ("" if text.startswith("<") else text), None  # a gateway's HTML page says nothing to a client
-    if isinstance(value, dict):
-        value = value.get("error") or value
-    return _parts(value)
+    return _parts(value.get("error") or value)
+
+
+def _document(text: bytes | str) -> dict[str, Any] | None:
+    try:
+        value = json.loads(text)
+    except (ValueError, RecursionError):
+        return None
+    return value if isinstance(value, dict) else None
 
 
 def _parts(error: Any) -> tuple[str, str | None]:
     if isinstance(error, str):
-        return error, None
+        inner = _document(error) if error.startswith("{") else None
+        if inner is None:
+            return error, None
+        error = inner.get("error") or inner
     if not isinstance(error, dict):
         return "", None
     message = next((error[key] for key in ("message", "detail", "error") if isinstance(error.get(key), str)), "")
@@ -146,29 +170,38 @@ def _parts(error: Any) -> tuple[str, str | None]:
 
 def _reason(status: int, words: str) -> tuple[str, str]:
     """(reason, detail), most telling sign first. words: message and type in lower case."""
-    if status in (401, 402, 403):  # 402: out of credit; nothing on this backend will work
-        return "backend_auth", str(status)
-    if status == 429 or "rate_limit" in words:  # a 413 of Groq's is one
-        return "rate_limited", ""
     if is_loading(status, words):
         return "loading_timeout", ""
-    if status == 503 or status == 529:
-        return "busy", ""
+    if status in _BY_STATUS:
+        return _BY_STATUS[status], ""
+    if status < 400:  # a redirect, say
+        return "bad_answer", str(status)
+    return _by_words(status, words) or _by_class(status)
+
+
+def _by_words(status: int, words: str) -> tuple[str, str] | None:
+    asked = status < 500  # a server that says it is at fault may use the same words of itself
     if any(phrase in words for phrase in CONTEXT_PHRASES):
         return "context_length_exceeded", ""
     if detail := _lacking(words):
         return "unsupported", detail
     if any(phrase in words for phrase in _TEMPLATE_PHRASES):
         return "template_error", ""
-    if 400 <= status < 500 and _NO_MODEL.search(words):
+    if asked and "rate_limit" in words:  # Groq's 413: more tokens than a minute's worth
+        return "rate_limited", ""
+    if asked and _NO_MODEL.search(words):
         return "model_not_found", ""
+    if any(phrase in words for phrase in _REQUEST_PHRASES):
+        return "bad_request", ""
+    return None
+
+
+def _by_class(status: int) -> tuple[str, str]:
     if status in (404, 405, 501):  # the server has no such endpoint, or it is switched off
         return "unsupported", "endpoint"
-    if 400 <= status < 500 and status not in (408, 499):  # it timed out, or (Ollama) cancelled by itself
+    if status < 500 and status not in (408, 499):  # it timed out, or (Ollama) cancelled by itself
         return "bad_request", ""
-    if status >= 400:
-        return "server_error", str(status)
-    return "bad_answer", str(status)  # a redirect, say
+    return "server_error", str(status)
 
 
 def _lacking(words: str) -> str:
@@ -183,14 +216,17 @@ def _model_not_found(model: str, backend: Backend) -> BackendError:
     return BackendError("model_not_found", f"Backend '{backend.name}' has no model '{model}'.", way_out=way_out)
 
 
-def _auth_refused(status: int, backend: Backend) -> BackendError:
+def _auth_refused(status: int, backend: Backend, *, empty: bool) -> BackendError:
     """Its own words are not passed on: they like to quote the key."""
-    if status == 402:
-        return BackendError("backend_auth", f"Backend '{backend.name}' asks for payment (402).", detail="402")
-    way_out = f"set the right api_key in [backends.{backend.name}]"
-    if backend.kind == "ollama" and backend.api_key is None:  # a local Ollama asks only for its cloud models
-        way_out = "ollama signin"
     message = f"Backend '{backend.name}' refused the configured credentials ({status})."
+    way_out = f"set the right api_key in [backends.{backend.name}]"
+    if status == 402:
+        message, way_out = f"Backend '{backend.name}' asks for payment (402).", ""
+    elif backend.kind == "ollama" and status == 403 and empty:  # its guard against DNS rebinding
+        message = f"Backend '{backend.name}' does not accept the host name in its configured url (403)."
+        way_out = f"set the url in [backends.{backend.name}] to an IP address or localhost"
+    elif backend.kind == "ollama" and backend.api_key is None:  # a local Ollama asks only for its cloud models
+        way_out = "ollama signin"
     return BackendError("backend_auth", message, detail=str(status), way_out=way_out)
 
 

@@ -36,6 +36,7 @@ from urllib.parse import unquote
 from portway import __version__
 from portway.backend_ollama import OllamaBackend
 from portway.backend_openai import OpenAIBackend
+from portway.catalogue import Catalogue
 from portway.config import ConfigError, ConfigWatcher
 from portway.errors import ClientError, ClientGone, PortwayError
 from portway.http1 import MAX_HEAD, BadMessage, Incoming, RequestHead, as_client_error, parse_request
@@ -490,6 +491,7 @@ class Handler(BaseHTTPRequestHandler):
 
     def get_models(self, _rest: str) -> None:
         daemon = self.server.daemon
+        daemon.state.catalogue.refresh_soon()
         cards = [daemon.card(model) for model in daemon.state.config.models.values()]
         self.respond(200, {}, dumps({"object": "list", "data": cards}))
 
@@ -755,6 +757,7 @@ class State:
     config: Config
     guards: Guards
     backends: Mapping[str, Backend]
+    catalogue: Catalogue
     router: Router
 
 
@@ -782,6 +785,7 @@ class Daemon:
     def start(self) -> None:
         """Accept connections, on a thread of its own."""
         self._thread.start()
+        threading.Thread(target=self._look_around, name="portway-catalogue", daemon=True).start()
 
     def stop(self, drain: float | None = None) -> bool:
         """Take no more, let requests in flight end for `drain` seconds (default: server.drain), close.
@@ -805,6 +809,7 @@ class Daemon:
         self._problem = None
         for backend in old.backends.values():
             backend.close()
+        threading.Thread(target=self._look_around, name="portway-catalogue", daemon=True).start()
 
     def refuse(self, problem: str) -> None:
         """A new configuration is invalid: the old one stays, and /health says why."""
@@ -819,8 +824,9 @@ class Daemon:
             "created": int(self._started),
             "owned_by": "portway",
         }
-        if model.num_ctx is not None:
-            card |= {"context_length": model.num_ctx, "context_window": model.num_ctx, "meta": {"n_ctx": model.num_ctx}}
+        window = self.state.catalogue.completed(model).num_ctx
+        if window is not None:
+            card |= {"context_length": window, "context_window": window, "meta": {"n_ctx": window}}
         card["portway"] = {
             "backend": model.backend.name,
             "kind": model.backend.kind,
@@ -842,6 +848,7 @@ class Daemon:
             "config": {"path": config.path, "problem": self._problem},
             "in_flight": self._server.in_flight.count,
             "connections": self._server.connections,
+            "unreachable": {name: error.message for name, error in self.state.catalogue.problems().items()},
             "cooling": [
                 {"backend": backend, "model": model, "seconds": round(left, 1)}
                 for (backend, model), left in sorted(cooling.items())
@@ -864,7 +871,16 @@ class Daemon:
 
     def _build(self, config: Config) -> State:
         backends = {name: _KINDS[backend.kind](backend) for name, backend in config.backends.items()}
-        return State(config, Guards(config), backends, Router(config, backends, self._cooling))
+        catalogue = Catalogue(config)
+        router = Router(config, backends, self._cooling, catalogue.completed)
+        return State(config, Guards(config), backends, catalogue, router)
+
+    def _look_around(self) -> None:
+        """Ask the backends what they have, and say what is missing."""
+        catalogue = self.state.catalogue
+        catalogue.refresh()
+        for line in catalogue.missing():
+            self._say(line)
 
 
 _KINDS: Mapping[str, Callable[[Any], Backend]] = {"ollama": OllamaBackend, "openai": OpenAIBackend}

@@ -50,12 +50,22 @@ class ChainExhausted(PortwayError):
 
 
 class Router:
-    """Serves calls by one configuration. `cooling` outlives it, so that a reload forgets no failure."""
+    """Serves calls by one configuration. `cooling` outlives it, so that a reload forgets no failure.
 
-    def __init__(self, config: Config, backends: Mapping[str, Backend], cooling: Cooling) -> None:
+    complete: gives a model back with what is known of it beyond the configuration (catalogue.py).
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        backends: Mapping[str, Backend],
+        cooling: Cooling,
+        complete: Callable[[Model], Model] = lambda model: model,
+    ) -> None:
         self._config = config
         self._backends = backends
         self._cooling = cooling
+        self._complete = complete
 
     def serve(self, call: Call, watch: Watch, *, fallback: bool = True) -> Served:
         """The first target of the chain that begins to answer (a stream) or answers (else).
@@ -82,8 +92,8 @@ class Router:
     def _chain(self, call: Call, fallback: bool) -> list[Model]:
         """Embeddings of two models do not compare, so a fallback would poison an index in silence."""
         if not fallback or call.model.strict or call.endpoint == "embeddings":
-            return [call.model]
-        return self._config.chain(call.model)
+            return [self._complete(call.model)]
+        return [self._complete(member) for member in self._config.chain(call.model)]
 
     def _attempt(self, course: _Course, target: Model, watch: Watch) -> Served | None:
         """Try one target; None if it failed in a way that lets the next one try."""
@@ -329,7 +339,7 @@ def _key(target: Model) -> tuple[str, str]:
 
 def _in_plain_words(asked: Model, attempts: list[Attempt], errors: list[BackendError]) -> str:
     """What happened at each target, and what would help."""
-    said = "; ".join(f"{attempt.model}: {error.message}" for attempt, error in zip(attempts, errors, strict=True))
+    said = "; ".join(f"{attempt.model}: {error.message.rstrip('.')}" for attempt, error in zip(attempts, errors, strict=True))
     ways = list(dict.fromkeys(error.way_out for error in errors if error.way_out))
     text = f"{asked.name} could not answer. {said}"
     return f"{text}. Way out: {'; '.join(ways)}." if ways else f"{text}."

@@ -181,8 +181,8 @@ class StandIn:
     # --- for the connections and requests
 
     def find(self, name: str) -> StandInModel | None:
-        """A model by its name, where "x" and "x:latest" are the same."""
-        wanted = protocol.full_name(name).lower()
+        """A model by its name, where "x", "x:latest" and "library/x" are the same."""
+        wanted = protocol.full_name(name).lower().removeprefix("registry.ollama.ai/").removeprefix("library/")
         return next((m for m in self.models.values() if protocol.full_name(m.name).lower() == wanted), None)
 
     def connection_opened(self, sock: socket.socket) -> None:

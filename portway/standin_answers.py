@@ -17,7 +17,7 @@ from typing import Any
 MESSAGE_TOKENS = 4  # every message costs this beside its words, as a chat template's markers do
 START_TOKENS = 3  # and so does the start of the answer
 IMAGE_TOKENS = 256
-NUM_KEEP = 4  # how many tokens Ollama keeps at the front of a prompt it chops
+NUM_KEEP = 5  # how many tokens Ollama keeps at the front of a prompt it chops
 
 _CLOSINGS = (
     "Ask again and I will say the same.",
@@ -42,8 +42,10 @@ class StandInModel:
 
     capabilities: of completion, tools, thinking, vision, insert, embedding. context_length: tokens.
     kv_bytes_per_token: what a token of num_ctx adds to `size_bytes` once the model is loaded.
-    chops: it cuts an overlong prompt even where `truncate: false` asks for an error, as some
-    models behind Ollama do.
+    native: its template is llama.cpp's matter, not Ollama's, which shows on the wire: tool calls come
+    on the last line, format "json" is ignored, one message that is too long is always refused.
+    chops: it cuts an overlong prompt even where `truncate: false` asks for an error.
+    blob: models with the same blob share what is loaded; "" = one of its own.
     """
 
     name: str
@@ -55,7 +57,14 @@ class StandInModel:
     quantization: str = "Q4_K_M"
     embedding_length: int = 64
     kv_bytes_per_token: int = 0
+    native: bool = False
     chops: bool = False
+    blob: str = ""
+
+    @property
+    def runner(self) -> str:
+        """What Ollama tells loaded models apart by."""
+        return self.blob or self.name
 
     def resident_bytes(self, num_ctx: int) -> int:
         """What it takes in memory with this context."""
@@ -84,7 +93,7 @@ class Ask:
 
 @dataclass(frozen=True, slots=True)
 class Reply:
-    """One answer in tokens. `done_reason` is "stop" or "length"."""
+    """One answer in tokens. `done_reason` is "stop" or "length"; a stop is a token, too."""
 
     thinking: Sequence[str]
     content: Sequence[str]
@@ -94,15 +103,18 @@ class Reply:
     @property
     def eval_count(self) -> int:
         """What the answer cost, in tokens."""
-        return len(self.thinking) + len(self.content) + sum(len(tokens(json.dumps(c))) for c in self.tool_calls)
+        calls = sum(len(tokens(json.dumps(call))) for call in self.tool_calls)
+        return len(self.thinking) + len(self.content) + calls + (self.done_reason == "stop")
 
 
 def reply(model: StandInModel, ask: Ask) -> Reply:
     """The answer to `ask`: reasoning if it thinks, then tool calls, JSON, a filling or a text."""
-    thinking = tokens("".join(_THOUGHTS[: _EFFORT.get(str(ask.think), 2)])) if ask.think else []
-    calls = _tool_calls(ask)
-    text = "" if calls else _until_stop(_text(model, ask), ask.stop)
-    content = tokens(text)
+    thoughts = "".join(_THOUGHTS[: _EFFORT.get(str(ask.think), 2)]) if ask.think else ""
+    thought = _until_stop(thoughts, ask.stop)
+    stopped = len(thought) < len(thoughts)
+    calls = [] if stopped else _tool_calls(ask)
+    thinking = tokens(thought)
+    content = [] if stopped or calls else tokens(_until_stop(_text(model, ask), ask.stop))
     if ask.limit is None or len(thinking) + len(content) <= ask.limit:
         return Reply(thinking, content, calls, "stop")
     room = max(0, ask.limit - len(thinking))
@@ -148,7 +160,7 @@ def _message_tokens(message: Mapping[str, Any]) -> int:
 def _text(model: StandInModel, ask: Ask) -> str:
     if ask.suffix:
         return _filling(ask)
-    if ask.format == "json":
+    if ask.format == "json" and not model.native:
         return json.dumps({"stand_in": True, "model": model.name, "question": _question(ask)})
     if isinstance(ask.format, dict):
         return json.dumps(instance(ask.format))
@@ -298,14 +310,14 @@ def embedding(text: str, length: int, dimensions: int | None = None) -> list[flo
     total = [1e-3] * length  # so that a text without words has a direction too
     for word in text.lower().split():
         total = [a + b for a, b in zip(total, _word_vector(word, length), strict=True)]
-    cut = total[:dimensions] if dimensions else total
+    cut = total[:dimensions] if dimensions and 0 < dimensions < length else total
     norm = math.sqrt(sum(value * value for value in cut)) or 1.0
     return [value / norm for value in cut]
 
 
 def digest(model: StandInModel) -> str:
     """A model's digest as Ollama shows it: 64 hexadecimal digits."""
-    return _hash(model.name).hex()
+    return _hash(model.runner).hex()
 
 
 def _word_vector(word: str, length: int) -> list[float]:

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 VERSION = "0.33.0-portway-stand-in"
 JSON = "application/json; charset=utf-8"
 NDJSON = "application/x-ndjson"
+UNCHUNKED = 2048  # bytes; Go chunks what is longer
 MODIFIED = "2026-01-01T00:00:00Z"
 
 
@@ -73,7 +74,7 @@ class Exchange:
             try:
                 self._answer()
             except protocol.Refused as refused:
-                self._respond({"error": refused.message}, refused.status)
+                self._refuse(refused)
         except ClientLeft:
             self.standin.note(self.request, left=True, ended=time.monotonic())
             return False
@@ -85,15 +86,16 @@ class Exchange:
 
     def _answer(self) -> None:
         fault = self.fault
-        if self._told_to("slow_headers") is not None:
-            self.wire.drip = self._told_to("slow_headers") or 0.0
+        self.wire.drip = self._told_to("slow_headers") or 0.0
         if fault is not None and fault.kind == "hang":
             self._hang()
         elif fault is not None and fault.instead:
             faults.play_instead(fault, self.wire)
             return
         methods = ROUTES.get(self.request.path)
-        if methods is None:
+        if not protocol.admits(self.request.header("Host"), self.request.header("Origin")):
+            self.wire.respond(403, "text/plain", b"")
+        elif methods is None:
             self._send(404, "text/plain", b"404 page not found")
         elif self.request.method not in methods:
             self.wire.respond(405, "text/plain", b"405 method not allowed", {"Allow": ", ".join(sorted(methods))})
@@ -117,7 +119,7 @@ class Exchange:
     def ps(self) -> None:
         """GET /api/ps, the longest to stay first."""
         loaded = sorted(self.standin.memory.residents(self.standin.owner), key=lambda pair: -pair[1])
-        self._respond({"models": [_running(resident, seconds) for resident, seconds in loaded]})
+        self._respond({"models": [_running(resident, left) for resident, left in loaded if not resident.loading]})
 
     def show(self) -> None:
         """POST /api/show."""
@@ -138,25 +140,25 @@ class Exchange:
         order = protocol.read_embed(self.request.body, self.standin.find)
         resident = self._claim(order)
         try:
-            counts = [len(answers.tokens(text)) for text in order.inputs]
-            if not order.truncate and any(count > resident.num_ctx for count in counts):
-                raise protocol.Refused(400, "the input length exceeds the context length")
-            texts = ["".join(answers.tokens(text)[: resident.num_ctx]) for text in order.inputs]
-            length = order.model.embedding_length
-            answer = {
-                "model": order.named,
-                "embeddings": [answers.embedding(text, length, order.dimensions) for text in texts],
-                "total_duration": self._timing().to_json()["total_duration"],
-                "load_duration": self._timing().to_json()["load_duration"],
-                "prompt_eval_count": sum(min(count, resident.num_ctx) for count in counts),
-            }
-            self._respond({name: value for name, value in answer.items() if value != 0})
+            protocol.check_runner(order)
+            self._respond(self._embedded(order, resident.num_ctx - 1))  # one token marks the start
         finally:
             self.standin.memory.release(resident)
 
+    def _embedded(self, order: protocol.Order, most: int) -> dict[str, Any]:
+        texts = [answers.tokens(text) for text in order.inputs]
+        if not order.truncate and any(len(text) > most for text in texts):
+            raise protocol.Refused(400, "the input length exceeds the context length")
+        length = order.model.embedding_length
+        vectors = [answers.embedding("".join(text[:most]), length, order.dimensions) for text in texts]
+        took = self._timing().to_json()
+        end = {"total_duration": took["total_duration"], "load_duration": took["load_duration"]}
+        end["prompt_eval_count"] = sum(min(len(text), most) for text in texts)
+        return {"model": order.named, "embeddings": vectors, **(end if vectors else {})}
+
     def _generate(self, order: protocol.Order, shape: Shape) -> None:
         if order.unloads:
-            self.standin.memory.unload(self.standin.owner, order.model.name)
+            self.standin.memory.unload(self.standin.owner, order.model)
             self._respond(line(order, shape(), done_reason="unload"))
             return
         resident = self._claim(order)
@@ -164,6 +166,7 @@ class Exchange:
             if order.ask is None:
                 self._respond(line(order, shape(), done_reason="load"))
                 return
+            protocol.check_runner(order)
             silent = self.fault is not None and self.fault.kind == "empty_answer"
             legacy = self.standin.legacy_tool_calls
             speech = Speech(order, order.ask, resident.num_ctx, shape, legacy=legacy, silent=silent)
@@ -198,13 +201,13 @@ class Exchange:
         """stream: false. Its tokens take their time too, and nothing is sent before the last."""
         for _ in self._spoken(speech):
             pass
-        body = protocol.encode(speech.whole(self._timing()))
+        answer = speech.whole(self._timing())
         if self.fault is not None and self.fault.hangs:
             self._hang()
         elif self.fault is not None and self.fault.within:
-            faults.spoil_whole(self.fault, self.wire, body)
+            faults.spoil_whole(self.fault, self.wire, answer)
             return
-        self._send(200, JSON, body)
+        self._respond(answer)
         self.standin.note(self.request, pieces=speech.pieces)
 
     def _spoken(self, speech: Speech) -> Iterator[bytes]:
@@ -236,7 +239,9 @@ class Exchange:
 
     def _take(self, order: protocol.Order) -> Resident | None:
         standin = self.standin
-        return standin.memory.claim(standin.owner, order.model, order.num_ctx, order.keep_alive, standin.parallel)
+        return standin.memory.claim(
+            standin.owner, order.model, order.num_ctx, order.keep_alive, standin.parallel, order.variant
+        )
 
     def _queue(self, order: protocol.Order, bell: Bell) -> Resident:
         if not self.standin.enter_queue():
@@ -280,8 +285,20 @@ class Exchange:
     def _respond(self, obj: Any, status: int = 200) -> None:
         self._send(status, JSON, protocol.encode(obj))
 
+    def _refuse(self, refused: protocol.Refused) -> None:
+        body = protocol.encode({"error": refused.message})
+        if refused.late and self.request.json.get("stream") is not False:  # a stream that came to nothing
+            self.wire.start("application/json", body, refused.status)
+            self.wire.finish()
+        else:
+            self._send(refused.status, JSON, body)
+
     def _send(self, status: int, content_type: str, body: bytes) -> None:
-        self.wire.respond(status, content_type, body, head_only=self.request.method == "HEAD")
+        if len(body) <= UNCHUNKED or self.request.method == "HEAD":
+            self.wire.respond(status, content_type, body, head_only=self.request.method == "HEAD")
+            return
+        self.wire.start(content_type, body, status)
+        self.wire.finish()
 
 
 # path -> method -> what answers it. What else Ollama has (pull, delete ..) is not played.
@@ -300,15 +317,20 @@ ROUTES: Mapping[str, Mapping[str, Callable[[Exchange], None]]] = MappingProxyTyp
 
 
 def _listed(model: StandInModel) -> dict[str, Any]:
-    """A model in /api/tags."""
+    """A model in /api/tags, which looks for capabilities in fewer places than /api/show does."""
+    unseen = ("tools", "thinking") if model.native else ()
     return {
         "name": protocol.full_name(model.name),
         "model": protocol.full_name(model.name),
         "modified_at": MODIFIED,
         "size": model.size_bytes,
         "digest": answers.digest(model),
-        "details": {**protocol.details(model), "context_length": model.context_length},
-        "capabilities": list(model.capabilities),
+        "details": {
+            **protocol.details(model),
+            "context_length": model.context_length,
+            "embedding_length": model.embedding_length,
+        },
+        "capabilities": [capability for capability in model.capabilities if capability not in unseen],
     }
 
 

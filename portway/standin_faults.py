@@ -12,6 +12,7 @@ from collections import deque
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
+from typing import Any
 
 from portway.standin_protocol import BUSY, encode
 from portway.standin_wire import Wire
@@ -54,7 +55,7 @@ class Fault:
 
     kind: str
     status: int = 500
-    error: str = "the stand-in was told to fail"
+    error: str = "an error was encountered while running the model: unexpected EOF"  # as when its runner dies
     body: bytes | None = None
     headers: Mapping[str, str] = field(default_factory=dict)
     after: int = 2  # pieces of content that still get through
@@ -91,7 +92,7 @@ PRESETS: Mapping[str, Fault] = MappingProxyType(
         "connection_lost": Fault("reset"),
         "bad_answer": Fault("garbage"),
         "loading_timeout": Fault("slow_load", seconds=86400.0),
-        "busy": Fault("status", status=503, error=BUSY, headers={"Retry-After": "2"}),
+        "busy": Fault("status", status=503, error=BUSY),
         "rate_limited": Fault("status", status=429, error="too many requests", headers={"Retry-After": "2"}),
         "server_error": Fault("status", status=500, error="llama runner process has terminated: signal: killed"),
         "first_token_timeout": Fault("hang_before_content"),
@@ -189,8 +190,9 @@ def end_stream(fault: Fault, wire: Wire, line: bytes) -> None:
     wire.finish()
 
 
-def spoil_whole(fault: Fault, wire: Wire, body: bytes) -> None:
+def spoil_whole(fault: Fault, wire: Wire, answer: Mapping[str, Any]) -> None:
     """The same for the one body of stream: false."""
+    body = encode(answer)
     match fault.kind:
         case "error_line":
             wire.respond(500, "application/json; charset=utf-8", encode({"error": fault.error}))
@@ -198,7 +200,11 @@ def spoil_whole(fault: Fault, wire: Wire, body: bytes) -> None:
         case "bad_line":
             wire.respond(200, "application/json; charset=utf-8", b'{"model": oops')
             return
-        case "half_line" | "eof":
+        case "eof":  # Ollama's own form of it, when it stops a model that repeats itself
+            never_done = {k: v for k, v in answer.items() if k in ("model", "created_at", "message", "response")}
+            wire.respond(200, "application/json; charset=utf-8", encode({**never_done, "done": False}))
+            return
+        case "half_line":
             wire.respond(200, "application/json; charset=utf-8", body[: len(body) // 2])
             return
         case "half_utf8":

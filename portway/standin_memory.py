@@ -7,7 +7,6 @@ each of them, like a real one, evicts only its own models and is blind to the ot
 
 from __future__ import annotations
 
-import math
 import threading
 import time
 from collections.abc import Callable
@@ -30,7 +29,8 @@ class Resident:
     keep_alive: float  # math.inf = for ever
     loading: bool = True
     users: int = 1
-    expires_at: float = math.inf  # meaningful while nobody uses it
+    variant: tuple[object, ...] = ()
+    expires_at: float | None = None  # None until its first use is over; moves at the end of each
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,28 +74,35 @@ class Memory:
     # --- for one request, in this order: claim until it is given, loaded if it has to load, release
 
     def claim(
-        self, owner: str, model: StandInModel, num_ctx: int | None, keep_alive: float | None, parallel: int | None
+        self,
+        owner: str,
+        model: StandInModel,
+        num_ctx: int,
+        keep_alive: float | None = None,
+        parallel: int | None = None,
+        variant: tuple[object, ...] = (),
     ) -> Resident | None:
         """A use of the model, or None: wait for a change and ask again.
 
-        num_ctx None takes what is loaded; keep_alive None (seconds) leaves what was said earlier.
-        parallel: how many may use it at once. If `loading` is set, the caller is the one to load it:
-        it calls loaded() when the time is over, or abandon().
+        keep_alive: seconds; None leaves what was said earlier, unless it has to load. parallel: how
+        many may use it at once. variant: what else makes it load anew, beside num_ctx. If `loading`
+        is set, the caller is the one to load it, and calls loaded() when the time is over, or abandon().
         """
         with self._lock:
             self._expire()
             mine = [r for r in self._residents if r.owner == owner]
-            found = next((r for r in mine if r.model.name == model.name), None)
+            found = next((r for r in mine if r.model.runner == model.runner), None)
             if any(r.loading for r in mine):
                 return None
-            if found is not None and num_ctx in (None, found.num_ctx):
+            if found is not None and (found.num_ctx, found.variant) == (num_ctx, variant):
                 return self._join(found, keep_alive, parallel)
             if found is not None and found.users:
                 return None
-            wanted = num_ctx or min(4096, model.context_length)
-            if not self._make_room(mine, found, model.resident_bytes(wanted)):
+            kept = KEEP_ALIVE if keep_alive is None else keep_alive
+            fresh = Resident(owner, model, num_ctx, model.resident_bytes(num_ctx), kept, variant=variant)
+            if not self._make_room(mine, found, fresh.size):
                 return None
-            return self._begin_load(owner, model, wanted, found, keep_alive)
+            return self._begin_load(fresh, found)
 
     def loaded(self, resident: Resident) -> None:
         """The load is over; others may join."""
@@ -116,11 +123,11 @@ class Memory:
 
     # --- for everybody
 
-    def unload(self, owner: str, name: str) -> None:
+    def unload(self, owner: str, model: StandInModel) -> None:
         """Unload a model as soon as nobody uses it."""
         with self._lock:
             for resident in self._residents:
-                if (resident.owner, resident.model.name) == (owner, name):
+                if (resident.owner, resident.model.runner) == (owner, model.runner):
                     resident.keep_alive, resident.expires_at = 0.0, self.clock()
             self._expire()
         self._ring()
@@ -138,7 +145,7 @@ class Memory:
             self._expire()
             now = self.clock()
             return [
-                (r, r.keep_alive if r.users else r.expires_at - now)
+                (r, r.keep_alive if r.expires_at is None else r.expires_at - now)
                 for r in self._residents
                 if owner in (None, r.owner)
             ]
@@ -183,31 +190,23 @@ class Memory:
             self._remove(idle)
         return True
 
-    def _begin_load(
-        self, owner: str, model: StandInModel, num_ctx: int, found: Resident | None, keep_alive: float | None
-    ) -> Resident:
+    def _begin_load(self, fresh: Resident, found: Resident | None) -> Resident:
         counts = self._counts
         if found is not None:
             self._remove(found)
             counts.reloads += 1
-        resident = Resident(
-            owner=owner,
-            model=model,
-            num_ctx=num_ctx,
-            size=model.resident_bytes(num_ctx),
-            keep_alive=KEEP_ALIVE if keep_alive is None else keep_alive,
-        )
-        self._residents.append(resident)
+        self._residents.append(fresh)
         counts.loads += 1
         counts.peak = max(counts.peak, self._resident())
         if self.budget is not None and self._resident() > self.budget:
             counts.overcommits += 1
-        return resident
+        return fresh
 
     def _expire(self) -> None:
         now = self.clock()
-        for resident in [r for r in self._residents if not r.users and r.expires_at <= now]:
-            self._remove(resident)
+        for resident in list(self._residents):
+            if not resident.users and resident.expires_at is not None and resident.expires_at <= now:
+                self._remove(resident)
 
     def _remove(self, resident: Resident) -> None:
         if resident in self._residents:

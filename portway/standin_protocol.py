@@ -7,15 +7,16 @@ could tell. Nothing here knows sockets, models' words or memory.
 from __future__ import annotations
 
 import base64
-import binascii
+import ipaddress
 import json
 import math
 import re
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime, timedelta
 from typing import Any
+from urllib.parse import urlsplit
 
 from portway.standin_answers import Ask, StandInModel
 
@@ -56,18 +57,23 @@ _MESSAGE = {"role": "string", "content": "string", "thinking": "string", "tool_n
 _INTEGER_OPTIONS = ("num_ctx", "num_batch", "num_gpu", "num_keep", "num_predict", "seed", "top_k", "repeat_last_n")
 _FLOAT_OPTIONS = ("temperature", "top_p", "min_p", "typical_p", "repeat_penalty", "presence_penalty")
 
+NUM_CTX = 4096  # tokens, where a request says nothing
 BUSY = "server busy, please try again.  maximum pending requests exceeded"
 
 Find = Callable[[str], StandInModel | None]
 
 
 class Refused(Exception):
-    """A request that Ollama answers with `{"error": message}` and a status."""
+    """A request that Ollama answers with `{"error": message}` and a status.
 
-    def __init__(self, status: int, message: str) -> None:
+    late: the runner refused it, when the answer was to begin.
+    """
+
+    def __init__(self, status: int, message: str, *, late: bool = False) -> None:
         super().__init__(message)
         self.status = status
         self.message = message
+        self.late = late
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,17 +81,21 @@ class Order:
     """One request that needs a model: chat, generate or embed.
 
     named: the model as the client wrote it. ask: None = only load, or unload with keep_alive 0.
-    keep_alive: seconds, math.inf = for ever, None = not said. inputs, dimensions: embed's own.
+    keep_alive: seconds, math.inf = for ever, None = not said. variant: the options beside num_ctx that
+    a loaded model is bound to. context: the answer ends with the dialog's tokens, as generate's does.
+    inputs, dimensions: embed's own.
     """
 
     model: StandInModel
     named: str
     ask: Ask | None
     keep_alive: float | None
-    num_ctx: int | None
+    num_ctx: int
+    variant: tuple[object, ...] = ()
     stream: bool = True
     truncate: bool = True
     shift: bool = True
+    context: bool = False
     inputs: Sequence[str] = ()
     dimensions: int | None = None
 
@@ -106,8 +116,8 @@ def read_json(raw: bytes, request: str) -> dict[str, Any]:
     except json.JSONDecodeError as exc:
         if exc.pos >= len(exc.doc.rstrip()) or exc.msg.startswith("Unterminated"):
             raise Refused(400, "unexpected EOF") from None
-        character = exc.doc[exc.pos]
-        raise Refused(400, f"invalid character '{character}' looking for beginning of value") from None
+        wanted = "object key string" if exc.msg.startswith("Expecting property name") else "value"
+        raise Refused(400, f"invalid character '{exc.doc[exc.pos]}' looking for beginning of {wanted}") from None
     if not isinstance(body, dict):
         raise Refused(400, f"json: cannot unmarshal {_go_name(body)} into Go value of type api.{request}")
     return body
@@ -124,12 +134,11 @@ def read_chat(raw: bytes, find: Find) -> Order:
     if not named:
         raise Refused(400, "model is required")
     model = _found(find, named, f"model '{named}' not found")
-    messages = [{**m, "role": str(m.get("role", "")).lower(), "content": m.get("content") or ""} for m in _list(body)]
+    messages = [_message(message) for message in body.get("messages") or ()]
     if not messages and keep_alive == 0:
-        return Order(model, named, None, 0.0, None)
+        return Order(model, named, None, 0.0, 0)
     think = _thinks(model, named, think)
     _check_capabilities(model, named, "chat", tools=bool(body.get("tools")))
-    _check_images(model, messages)
     ask = _ask(body, messages, think, tools=body.get("tools") or ()) if messages else None
     return _order(model, named, ask, keep_alive, body)
 
@@ -138,20 +147,20 @@ def read_generate(raw: bytes, find: Find) -> Order:
     """POST /api/generate. Raises Refused."""
     body = read_json(raw, "GenerateRequest")
     _check_fields(body, _GENERATE, "GenerateRequest")
+    _check_base64(body.get("images") or ())
     keep_alive, think = _common(body)
     named = body.get("model") or ""
     model = _found(find, named, f"model '{named}' not found")
     prompt, suffix = body.get("prompt") or "", body.get("suffix") or ""
     if not prompt and keep_alive == 0:
-        return Order(model, named, None, 0.0, None)
+        return Order(model, named, None, 0.0, 0)
     think = _thinks(model, named, think)
     _check_capabilities(model, named, "generate", insert=bool(suffix))
     messages = [{"role": "user", "content": prompt, "images": body.get("images") or []}]
-    _check_images(model, messages)
     if body.get("system") and not body.get("raw") and not suffix:
         messages.insert(0, {"role": "system", "content": body["system"]})
     ask = _ask(body, messages, think, suffix=suffix) if prompt else None
-    return _order(model, named, ask, keep_alive, body)
+    return replace(_order(model, named, ask, keep_alive, body), context=not body.get("raw"))
 
 
 def read_embed(raw: bytes, find: Find) -> Order:
@@ -165,17 +174,8 @@ def read_embed(raw: bytes, find: Find) -> Order:
         raise Refused(400, "invalid input type")
     named = body.get("model") or ""
     model = _found(find, named, f'model "{named}" not found, try pulling it first')
-    options = _options(body)
-    return Order(
-        model,
-        named,
-        None,
-        keep_alive,
-        _num_ctx(model, options),
-        truncate=body.get("truncate") is not False,
-        inputs=inputs,
-        dimensions=body.get("dimensions") or None,
-    )
+    order = _order(model, named, None, keep_alive, body)
+    return replace(order, inputs=inputs, dimensions=body.get("dimensions") or None)
 
 
 def read_show(raw: bytes, find: Find) -> StandInModel:
@@ -201,6 +201,25 @@ def duration(value: Any) -> float:
 def full_name(name: str) -> str:
     """A model's name with its tag: "latest" if it says none."""
     return name if ":" in name.rpartition("/")[2] else f"{name}:latest"
+
+
+def check_runner(order: Order) -> None:
+    """What the runner won't do, once the model is loaded. Raises Refused."""
+    model, ask = order.model, order.ask
+    if ask is None:
+        if order.inputs and "embedding" not in model.capabilities:
+            raise Refused(501, "This server does not support embeddings. Start it with `--embeddings`")
+        return
+    if "vision" not in model.capabilities and any(message.get("images") for message in ask.messages):
+        raise _no_images(model)
+    if model.native and ask.tools:
+        _check_native_tools(ask)
+
+
+def admits(host: str | None, origin: str | None) -> bool:
+    """Ollama's guard on a loopback port: only local names as Host, only local pages as Origin."""
+    page = None if origin is None else urlsplit(origin).hostname
+    return _is_local(urlsplit(f"//{host or ''}").hostname or "") and (origin is None or _is_local(page or "null"))
 
 
 # --- answers ---------------------------------------------------------------------------------
@@ -233,7 +252,7 @@ def overflow(count: int, num_ctx: int) -> Refused:
         "n_prompt_tokens": count,
         "n_ctx": num_ctx,
     }
-    return Refused(400, encode({"error": inner}).decode())
+    return Refused(400, encode({"error": inner}).decode(), late=True)
 
 
 def details(model: StandInModel) -> dict[str, Any]:
@@ -272,6 +291,10 @@ def _found(find: Find, named: str, otherwise: str) -> StandInModel:
     return model
 
 
+def _message(message: Mapping[str, Any]) -> dict[str, Any]:
+    return {**message, "role": str(message.get("role") or "").lower(), "content": message.get("content") or ""}
+
+
 def _thinks(model: StandInModel, named: str, think: bool | str | None) -> bool | str:
     """A thinking model thinks unless told not to; another one must not be told to."""
     if "thinking" in model.capabilities:
@@ -291,19 +314,6 @@ def _check_capabilities(
             raise Refused(400, f"registry.ollama.ai/library/{full_name(named)} does not support {capability}")
 
 
-def _check_images(model: StandInModel, messages: Sequence[Mapping[str, Any]]) -> None:
-    images = [image for message in messages for image in message.get("images") or ()]
-    for image in images:
-        try:
-            base64.b64decode(image, validate=True)
-        except (binascii.Error, ValueError, TypeError):
-            bad = re.search(r"[^A-Za-z0-9+/]", str(image))
-            raise Refused(400, f"illegal base64 data at input byte {bad.start() if bad else len(image)}") from None
-    if images and "vision" not in model.capabilities:
-        hint = "hint: if this is unexpected, you may need to provide the mmproj"
-        raise Refused(500, f"image input is not supported - {hint}")
-
-
 def _ask(
     body: Mapping[str, Any],
     messages: Sequence[Mapping[str, Any]],
@@ -318,7 +328,7 @@ def _ask(
         think=think,
         tools=tools,
         format=_format(body.get("format")),
-        limit=None if limit is None or limit < 0 else int(limit),
+        limit=None if limit is None or limit < 0 else max(1, int(limit)),  # 0 gives a token, too
         stop=options.get("stop") or (),
         seed=int(options.get("seed") or 0),
         top_logprobs=(body.get("top_logprobs") or 0) if body.get("logprobs") else None,
@@ -329,15 +339,18 @@ def _ask(
 def _order(
     model: StandInModel, named: str, ask: Ask | None, keep_alive: float | None, body: Mapping[str, Any]
 ) -> Order:
+    options = _options(body)
+    shift = body.get("shift") is not False
     return Order(
         model,
         named,
         ask,
         keep_alive,
-        _num_ctx(model, _options(body)),
+        min(int(options.get("num_ctx") or NUM_CTX), model.context_length),
+        variant=(shift, *(options.get(name) for name in _RUNNER_OPTIONS)),
         stream=body.get("stream") is not False,
         truncate=body.get("truncate") is not False,
-        shift=body.get("shift") is not False,
+        shift=shift,
     )
 
 
@@ -347,7 +360,8 @@ def _options(body: Mapping[str, Any]) -> dict[str, Any]:
         number = isinstance(value, int | float) and not isinstance(value, bool)
         if name in _INTEGER_OPTIONS and not number:
             raise Refused(500, f'option "{name}" must be of type integer')
-        if name in _FLOAT_OPTIONS and not number:
+        if name in _RUNNER_OPTIONS = ("num_batch", "num_gpu", "main_gpu", "use_mmap", "num_thread")
+_FLOAT_OPTIONS and not number:
             raise Refused(500, f'option "{name}" must be of type float32')
         if name == "stop" and not isinstance(value, list):
             raise Refused(500, 'option "stop" must be of type array')
@@ -356,18 +370,47 @@ def _options(body: Mapping[str, Any]) -> dict[str, Any]:
     return options
 
 
-def _num_ctx(model: StandInModel, options: Mapping[str, Any]) -> int | None:
-    return min(int(options["num_ctx"]), model.context_length) if options.get("num_ctx") else None
-
-
 def _format(value: Any) -> Any:
     if value in (None, "", "json") or isinstance(value, dict):
         return value or None
-    raise Refused(400, f'invalid format: {json.dumps(value)}; expected "json" or a valid JSON Schema object')
+    raise Refused(500, f'invalid format: {json.dumps(value)}; expected "json" or a valid JSON Schema object')
 
 
-def _list(body: Mapping[str, Any]) -> list[dict[str, Any]]:
-    return body.get("messages") or []
+# --- what is refused late, or of everybody ---------------------------------------------------
+
+
+def _no_images(model: StandInModel) -> Refused:
+    if model.native:
+        hint = "if this is unexpected, you may need to provide the mmproj"
+        return _nested(500, f"image input is not supported - hint: {hint}", "server_error")
+    text = "Multimodal data provided, but model does not support multimodal requests."
+    return _nested(400, text, "invalid_request_error")
+
+
+def _check_native_tools(ask: Ask) -> None:
+    for tool in ask.tools:
+        if tool.get("type") != "function":
+            raise _nested(500, "Failed to parse tools: Unsupported tool type", "server_error")
+        if not ((tool.get("function") or {}).get("parameters") or {}).get("type"):
+            cause = 'Unrecognized schema: {"type":"","properties":null}'
+            text = f"Unable to generate parser for this template. Automatic parser generation failed: {cause}"
+            raise _nested(400, text, "invalid_request_error")
+    if ask.top_logprobs is not None:
+        raise _nested(400, "logprobs is not supported with tools + stream", "invalid_request_error")
+
+
+def _nested(status: int, message: str, kind: str) -> Refused:
+    """The runner's JSON document as the text of Ollama's own."""
+    inner = {"error": {"code": status, "message": message, "type": kind}}
+    return Refused(status, encode(inner).decode(), late=True)
+
+
+def _is_local(name: str) -> bool:
+    try:
+        address = ipaddress.ip_address(name)
+    except ValueError:
+        return name == "localhost" or name.endswith((".localhost", ".local", ".internal"))
+    return address.is_loopback or address.is_private
 
 
 # --- Go's complaints -------------------------------------------------------------------------
@@ -377,10 +420,20 @@ def _check_message(message: Any) -> None:
     if not isinstance(message, dict):
         raise _mismatch(message, "ChatRequest.messages", "api.Message")
     _check_fields(message, _MESSAGE, "ChatRequest.messages")
+    _check_base64(message.get("images") or ())
     for call in message.get("tool_calls") or ():
         arguments = (call.get("function") or {}).get("arguments")
         if arguments is not None and not isinstance(arguments, dict):
             raise Refused(400, "Value looks like object, but can't find closing '}' symbol")
+
+
+def _check_base64(images: Sequence[Any]) -> None:
+    for image in images:
+        try:
+            base64.b64decode(image, validate=True)
+        except (ValueError, TypeError):
+            bad = re.search(r"[^A-Za-z0-9+/]", str(image))
+            raise Refused(400, f"illegal base64 data at input byte {bad.start() if bad else len(image)}") from None
 
 
 def _check_fields(body: Mapping[str, Any], fields: Mapping[str, str], prefix: str) -> None:

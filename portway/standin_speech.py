@@ -36,13 +36,16 @@ class Timing:
     load: float
 
     def to_json(self) -> dict[str, int]:
-        """The durations of the last line, in nanoseconds. What follows the load is one tenth prompt."""
+        """The metrics of the last line with counts to be filled in; durations are in nanoseconds, and
+        what follows the load is one tenth prompt."""
         total, load = int(self.total * 1e9), int(self.load * 1e9)
         prompt = (total - load) // 10
         return {
             "total_duration": total,
             "load_duration": load,
+            "prompt_eval_count": 0,
             "prompt_eval_duration": prompt,
+            "eval_count": 0,
             "eval_duration": total - load - prompt,
         }
 
@@ -73,7 +76,9 @@ class Speech:
         self._top_logprobs = ask.top_logprobs
         self._reply = answers.Reply([], [], [], "stop") if silent else answers.reply(order.model, ask)
         self._tool_calls = [self._tool_call(call) for call in self._reply.tool_calls]
-        self.pieces = len(self._reply.thinking) + len(self._reply.content) + len(self._tool_calls)
+        self._late_calls = self._tool_calls if order.model.native else []
+        early = len(self._tool_calls) - len(self._late_calls)
+        self.pieces = len(self._reply.thinking) + len(self._reply.content) + early
 
     def lines(self) -> Iterator[bytes]:
         """All lines but the last, one a piece."""
@@ -82,7 +87,8 @@ class Speech:
 
     def last_line(self, timing: Timing) -> bytes:
         """The line that says done."""
-        return _encoded(self._end(self._shape(), timing))
+        said = {"tool_calls": self._late_calls} if self._late_calls else {}
+        return _encoded(self._end(self._shape(**said), timing))
 
     def silence(self) -> bytes:
         """A line that has no content as yet."""
@@ -102,7 +108,7 @@ class Speech:
         """Each piece's message fields, and its logprobs."""
         for token in self._reply.thinking:
             yield {"thinking": token}, self._logprobs(token)
-        for call in self._tool_calls:
+        for call in self._tool_calls[len(self._late_calls) :]:
             yield {"tool_calls": [call]}, {}
         for token in self._reply.content:
             yield {"content": token}, self._logprobs(token)
@@ -114,12 +120,14 @@ class Speech:
     def _tool_call(self, call: Mapping[str, Any]) -> dict[str, Any]:
         if self._legacy:
             return {"function": {**call, "index": 0}}
-        return {"id": f"call_{secrets.token_hex(4)}", "function": dict(call)}
+        fresh = secrets.token_hex(16) if self._order.model.native else f"call_{secrets.token_hex(4)}"
+        return {"id": fresh, "function": dict(call)}
 
     def _end(self, said: Mapping[str, Any], timing: Timing) -> dict[str, Any]:
         counts = {"prompt_eval_count": self._prompt_tokens, "eval_count": self._reply.eval_count}
         numbers = {name: number for name, number in (timing.to_json() | counts).items() if number}  # Go omits zeros
-        return line(self._order, said, done_reason=self._reply.done_reason, **numbers)
+        context = {"context": list(range(sum(counts.values())))} if self._order.context else {}
+        return line(self._order, said, done_reason=self._reply.done_reason, **context, **numbers)
 
 
 def _fitted(order: protocol.Order, ask: answers.Ask, num_ctx: int) -> tuple[answers.Ask, int]:
@@ -129,8 +137,11 @@ def _fitted(order: protocol.Order, ask: answers.Ask, num_ctx: int) -> tuple[answ
         return ask, count
     if not order.truncate and not order.model.chops:
         raise protocol.overflow(count, num_ctx)
-    messages, count = answers.fit(ask.messages, ask.tools, num_ctx)
-    return replace(ask, messages=messages), count
+    messages, fitting = answers.fit(ask.messages, ask.tools, num_ctx)
+    kept = answers.prompt_tokens(messages, ask.tools)
+    if kept > num_ctx and order.model.native:
+        raise protocol.overflow(kept, num_ctx)
+    return replace(ask, messages=messages), fitting
 
 
 def _encoded(obj: Mapping[str, Any]) -> bytes:

@@ -115,11 +115,11 @@ class Wire:
         fields = {"Content-Type": content_type, "Content-Length": str(len(body)), **(headers or {})}
         self._send_head(status, fields, b"" if head_only else body)
 
-    def start(self, content_type: str, first: bytes = b"") -> None:
-        """A chunked response's head, with its first chunk if there is one already."""
+    def start(self, content_type: str, first: bytes = b"", status: int = 200) -> None:
+        """A chunked response's head unless it was sent, with a chunk if there is one already."""
         if not self.started:
             fields = {"Content-Type": content_type, "Transfer-Encoding": "chunked"}
-            self._send_head(200, fields, _chunk(first) if first else b"")
+            self._send_head(status, fields, _chunk(first) if first else b"")
         elif first:
             self.chunk(first)
 

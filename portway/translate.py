@@ -11,7 +11,6 @@ OpenAI's API reference. How a request is sent, and what follows from an error, i
 from __future__ import annotations
 
 import base64
-import binascii
 import re
 import secrets
 import sys
@@ -21,14 +20,15 @@ from json.encoder import encode_basestring, encode_basestring_ascii
 from typing import TYPE_CHECKING, Any
 
 from portway import failures, wire
+from portway.asked import Payload, boolean, integer, number, require, string, unsupported, wrong
 from portway.call import Tally, Usage
 from portway.errors import BackendError, ClientError
+from portway.messages import messages_for_ollama
+from portway.think_tags import ThinkTags
 
 if TYPE_CHECKING:
     from portway.call import Call
     from portway.config import Model
-
-Payload = dict[str, Any]
 
 # --- What is carried over, and what is only named in a warning ------------------------------------
 
@@ -39,17 +39,15 @@ _INTEGERS = ("seed", "top_k", "repeat_last_n")
 _RUNNER = ("num_gpu", "num_batch", "main_gpu", "use_mmap", "num_thread", "num_keep", "draft_num_predict")
 
 _COMMON_FIELDS = frozenset(
-    ("model", "stream", "max_tokens", "max_completion_tokens", "stop", "n", "reasoning_effort", "reasoning", "think")
-    + ("logprobs", *_NUMBERS, *_INTEGERS)
-)
+    "model stream max_tokens max_completion_tokens stop n reasoning_effort reasoning think logprobs".split()
+).union(_NUMBERS, _INTEGERS)
 _CHAT_FIELDS = _COMMON_FIELDS | {"messages", "tools", "tool_choice", "response_format", "top_logprobs"}
 _COMPLETION_FIELDS = _COMMON_FIELDS | {"prompt", "suffix", "echo"}
 _EMBED_FIELDS = frozenset(("model", "input", "dimensions", "encoding_format"))
 
 # Fields that shape no answer: nothing is lost without them.
 _SHAPELESS = frozenset(
-    ("user", "metadata", "stream_options", "safety_identifier", "prompt_cache_key", "prompt_cache_retention")
-    + ("service_tier", "store")
+    "user metadata stream_options safety_identifier prompt_cache_key prompt_cache_retention service_tier store".split()
 )
 # Fields that Ollama has no form for, by the values that ask for nothing.
 _NEUTRAL: Mapping[str, tuple[Any, ...]] = {
@@ -73,17 +71,6 @@ _EFFORTS: Mapping[str, bool | str] = {
     "max": "max",
 }
 
-_ROLES = {
-    "system": "system",
-    "developer": "system",
-    "user": "user",
-    "assistant": "assistant",
-    "tool": "tool",
-}
-
-_DATA_URL = re.compile(r"data:[^,]*;base64,", re.IGNORECASE)
-_REMOTE_URL = re.compile(r"(https?|file|ftp|blob):", re.IGNORECASE)
-
 
 # --- Requests -------------------------------------------------------------------------------------
 
@@ -94,22 +81,21 @@ def chat_request(body: Payload, target: Model, stream_upstream: bool = True) -> 
     Raises ClientError for what no backend could serve, BackendError("unsupported") for what this
     target can't. Upstream is streamed even when the client is not, so that its leaving is noticed.
     """
-    _require(target, "completion", "chat", None)
+    require(target, "completion", "chat", None)
     asked = _with_params(body, target)
     warnings = _ignored(asked, body, _CHAT_FIELDS)
     _one_answer(asked)
     if asked.get("functions") or asked.get("function_call"):
-        raise _unsupported("functions", "'functions' was retired by OpenAI; send 'tools' instead.", "functions")
-    messages = _messages(asked, target, warnings)
+        raise unsupported("functions", "'functions' was retired by OpenAI; send 'tools' instead.", "functions")
     payload = _payload(target, asked, warnings, stream_upstream)
-    payload["messages"] = messages
+    payload["messages"] = messages_for_ollama(asked, target, warnings)
     if tools := _tools(asked, target, warnings):
         payload["tools"] = tools
     if (form := _format(asked)) is not None:
         payload["format"] = form
-    if _boolean(asked, "logprobs"):
+    if boolean(asked, "logprobs"):
         payload["logprobs"] = True
-        if (top := _integer(asked, "top_logprobs", 0, 20)) is not None:
+        if (top := integer(asked, "top_logprobs", 0, 20)) is not None:
             payload["top_logprobs"] = top
     return payload, _listed(warnings)
 
@@ -120,19 +106,19 @@ def generate_request(body: Payload, target: Model, stream_upstream: bool = True)
     The model's template is applied, as in Ollama's own /v1/completions: `raw` would also switch off
     the fill-in-the-middle form that `suffix` needs. Raises as chat_request does.
     """
-    _require(target, "completion", "completion", None)
+    require(target, "completion", "completion", None)
     asked = _with_params(body, target)
     warnings = _ignored(asked, body, _COMPLETION_FIELDS)
     _one_answer(asked)
-    if _boolean(asked, "echo"):
-        raise _unsupported("echo", "Ollama does not repeat the prompt (echo).", "echo")
+    if boolean(asked, "echo"):
+        raise unsupported("echo", "Ollama does not repeat the prompt (echo).", "echo")
     prompt = _prompt(asked)
     payload = _payload(target, asked, warnings, stream_upstream)
     payload["prompt"] = prompt
-    if suffix := _string(asked, "suffix"):
-        _require(target, "insert", "insert", "suffix")
+    if suffix := string(asked, "suffix"):
+        require(target, "insert", "insert", "suffix")
         payload["suffix"] = suffix
-    if (top := _integer(asked, "logprobs", 0, 20)) is not None:
+    if (top := integer(asked, "logprobs", 0, 20)) is not None:
         payload["logprobs"] = True
         payload["top_logprobs"] = top
     return payload, _listed(warnings)
@@ -143,13 +129,13 @@ def embed_request(body: Payload, target: Model) -> tuple[Payload, list[str]]:
 
     encoding_format is checked here and applied on the way back. Raises as chat_request does.
     """
-    _require(target, "embedding", "embedding", None)
+    require(target, "embedding", "embedding", None)
     asked = _with_params(body, target)
     warnings = _ignored(asked, body, _EMBED_FIELDS)
     if asked.get("encoding_format") not in (None, "float", "base64"):
         raise ClientError("encoding_format must be 'float' or 'base64'.", param="encoding_format")
     payload = {"model": target.model, "input": _input(asked), "truncate": False, **_residency(target)}
-    if (dimensions := _integer(asked, "dimensions", 1)) is not None:
+    if (dimensions := integer(asked, "dimensions", 1)) is not None:
         payload["dimensions"] = dimensions
     if options := _runner_options(target):
         payload["options"] = options
@@ -178,7 +164,8 @@ def _payload(target: Model, asked: Payload, warnings: list[str], stream: bool) -
     """What /api/chat and /api/generate have in common.
 
     truncate and shift are off: an overlong prompt must be an error, and an answer that fills the
-    window must end with "length"; both default to dropping old text in silence.
+    window must end with "length"; both default to dropping old text in silence. shift is an option of
+    the runner (another value reloads the model), so it must be the same on every call.
     """
     payload: Payload = {"model": target.model, "stream": stream, "truncate": False, "shift": False}
     payload |= _residency(target)
@@ -207,11 +194,10 @@ def _runner_options(target: Model) -> Payload:
 def _sampling_options(asked: Payload, target: Model, warnings: list[str]) -> Payload:
     options: Payload = {}
     for name in _NUMBERS:
-        if (number := _number(asked, name)) is not None:
-            options[name] = number
+        options[name] = number(asked, name)
     for name in _INTEGERS:
-        if (integer := _integer(asked, name)) is not None:
-            options[name] = integer
+        options[name] = integer(asked, name)
+    options = {name: value for name, value in options.items() if value is not None}
     if stop := _stop(asked):
         options["stop"] = stop
     if (limit := _num_predict(asked, target, warnings)) is not None:
@@ -222,7 +208,7 @@ def _sampling_options(asked: Payload, target: Model, warnings: list[str]) -> Pay
 def _num_predict(asked: Payload, target: Model, warnings: list[str]) -> int | None:
     """The answer's limit in tokens: the client's, under the model's ceiling."""
     name = "max_completion_tokens" if asked.get("max_completion_tokens") is not None else "max_tokens"
-    wanted = _integer(asked, name, -1)
+    wanted = integer(asked, name, -1)
     if wanted == 0:
         raise ClientError(f"{name} must be at least 1.", param=name)
     if wanted is None or wanted == -1:  # -1: "no limit" to clients that grew up with llama.cpp
@@ -236,7 +222,8 @@ def _num_predict(asked: Payload, target: Model, warnings: list[str]) -> int | No
 def _think(asked: Payload, target: Model, warnings: list[str]) -> bool | str | None:
     """Ollama's think: what the client asks, else what is configured; None = not sent.
 
-    Without it a thinking model thinks. Sent as true or a level to a model that can't, it is a 400.
+    Without it a thinking model thinks. Sent as true or a level to a model that can't, it is a 400;
+    a level to one that thinks but knows no levels counts as true.
     """
     effort = _effort(asked, warnings)
     wanted = target.think if effort is None else effort
@@ -244,9 +231,6 @@ def _think(asked: Payload, target: Model, warnings: list[str]) -> bool | str | N
         if effort:
             warnings.append("ignored(reasoning_effort)")
         return None
-    if isinstance(effort, str) and not _takes_levels(target):
-        warnings.append("clamped(reasoning_effort)")
-        return True
     return wanted
 
 
@@ -254,24 +238,19 @@ def _effort(asked: Payload, warnings: list[str]) -> bool | str | None:
     """reasoning_effort, reasoning.effort or Ollama's own think, as a value of think; None = not asked."""
     reasoning = asked.get("reasoning")
     if not isinstance(reasoning, dict | None):
-        raise _wrong("reasoning", "an object")
+        raise wrong("reasoning", "an object")
+    warnings += [_ignored_field(f"reasoning.{name}") for name in reasoning or () if name not in ("effort", "summary")]
     named = (("reasoning_effort", asked.get("reasoning_effort")), ("reasoning.effort", (reasoning or {}).get("effort")))
     name, effort = next((pair for pair in named if pair[1] is not None), ("think", asked.get("think")))
     if effort is None or (name == "think" and isinstance(effort, bool)):
         return effort
     if not isinstance(effort, str):
-        raise _wrong(name, "a string")
+        raise wrong(name, "a string")
     known = _EFFORTS.get(effort.strip().lower())
     if known is None:
         warnings.append("clamped(reasoning_effort)")
         return "medium"
     return known
-
-
-def _takes_levels(target: Model) -> bool:
-    """Whether think may be a level: gpt-oss, or a model configured with one. To others Ollama before
-    0.12 answers 400 to a level, while true always works."""
-    return isinstance(target.think, str) or "gpt-oss" in f"{target.model} {target.family}".lower()
 
 
 def _stop(asked: Payload) -> list[str]:
@@ -281,12 +260,15 @@ def _stop(asked: Payload) -> list[str]:
     if stop is None:
         return []
     if not isinstance(stop, list) or not all(isinstance(word, str) for word in stop):
-        raise _wrong("stop", "a string or a list of strings")
+        raise wrong("stop", "a string or a list of strings")
     return [word for word in stop if word]
 
 
 def _format(asked: Payload) -> Any:
-    """response_format as Ollama's format: "json", a JSON schema, or None."""
+    """response_format as Ollama's format: a JSON schema, or None.
+
+    json_object is a schema too: Ollama's own word "json" does nothing for models that bring a Jinja template.
+    """
     asked_format = asked.get("response_format")
     if asked_format is None:
         return None
@@ -294,14 +276,14 @@ def _format(asked: Payload) -> Any:
     if kind == "text":
         return None
     if kind == "json_object":
-        return "json"
+        return {"type": "object"}
     if kind != "json_schema":
         message = "response_format.type must be 'text', 'json_object' or 'json_schema'."
         raise ClientError(message, param="response_format")
     wrapper = asked_format.get("json_schema")
     schema = wrapper.get("schema") if isinstance(wrapper, dict) else None
     if not isinstance(schema, dict):
-        raise _wrong("response_format.json_schema.schema", "an object")
+        raise wrong("response_format.json_schema.schema", "an object")
     return schema
 
 
@@ -310,15 +292,14 @@ def _format(asked: Payload) -> Any:
 
 def _tools(asked: Payload, target: Model, warnings: list[str]) -> list[Payload]:
     """The tools to offer. Ollama has no tool_choice: "none" offers no tool, a named one offers only that."""
-    tools = asked.get("tools")
-    if tools is not None and not isinstance(tools, list):
-        raise _wrong("tools", "a list")
-    for index, tool in enumerate(tools or ()):
-        _check_tool(tool, f"tools[{index}]")
+    given = asked.get("tools")
+    if given is not None and not isinstance(given, list):
+        raise wrong("tools", "a list")
+    tools = [_tool(tool, f"tools[{index}]") for index, tool in enumerate(given or ())]
     choice = asked.get("tool_choice")
     if not tools or choice == "none":
         return []
-    _require(target, "tools", "tools", "tools")
+    require(target, "tools", "tools", "tools")
     if any(tool["function"].get("strict") for tool in tools):
         warnings.append("not_enforced(strict)")
     if choice in (None, "auto"):
@@ -329,14 +310,22 @@ def _tools(asked: Payload, target: Model, warnings: list[str]) -> list[Payload]:
     return _named_tool(choice, tools)
 
 
-def _check_tool(tool: Any, where: str) -> None:
+def _tool(tool: Any, where: str) -> Payload:
+    """One tool, with what Ollama can't do without filled in: OpenAI lets parameters and its type be absent."""
     if not isinstance(tool, dict):
-        raise _wrong(where, "an object")
+        raise wrong(where, "an object")
     if tool.get("type", "function") != "function":
-        raise _unsupported("tools", "Ollama knows only tools of the type 'function'.", f"{where}.type")
+        raise unsupported("tools", "Ollama knows only tools of the type 'function'.", f"{where}.type")
     function = tool.get("function")
     if not isinstance(function, dict) or not isinstance(function.get("name"), str):
-        raise _wrong(f"{where}.function", "an object with a 'name'")
+        raise wrong(f"{where}.function", "an object with a 'name'")
+    parameters = function.get("parameters") or {}
+    properties = parameters.get("properties") or {} if isinstance(parameters, dict) else None
+    if not isinstance(properties, dict):
+        raise wrong(f"{where}.function.parameters", "a JSON schema of an object")
+    anything = {name: {} if schema is True else schema for name, schema in properties.items()}
+    filled = {**parameters, "type": "object", "properties": anything}
+    return {**tool, "type": "function", "function": {**function, "parameters": filled}}
 
 
 def _named_tool(choice: Any, tools: list[Payload]) -> list[Payload]:
@@ -352,194 +341,45 @@ def _named_tool(choice: Any, tools: list[Payload]) -> list[Payload]:
     return named
 
 
-# --- Requests: messages ---------------------------------------------------------------------------
-
-
-def _messages(asked: Payload, target: Model, warnings: list[str]) -> list[Payload]:
-    messages = asked.get("messages")
-    if not isinstance(messages, list) or not messages:
-        # Ollama would take an empty list as "load the model", or unload it where keep_alive is 0
-        raise _wrong("messages", "a list of at least one message")
-    names: dict[str, str] = {}  # tool call id -> the tool's name, for the results that follow
-    translated = [_message(each, f"messages[{i}]", target, names, warnings) for i, each in enumerate(messages)]
-    return _merged(translated) if target.merge_system else translated
-
-
-def _message(message: Any, where: str, target: Model, names: dict[str, str], warnings: list[str]) -> Payload:
-    if not isinstance(message, dict):
-        raise _wrong(where, "an object")
-    role = message.get("role")
-    if role == "function" or message.get("function_call") is not None:
-        raise _unsupported("functions", "'function_call' was retired by OpenAI; send 'tool_calls'.", where)
-    if not isinstance(role, str) or role not in _ROLES:
-        raise ClientError(f"{where}.role must be one of {', '.join(_ROLES)}.", param=f"{where}.role")
-    text, images = _content(message.get("content"), f"{where}.content")
-    translated: Payload = {"role": _ROLES[role], "content": text}
-    if images:
-        _require(target, "vision", "vision", f"{where}.content")
-        translated["images"] = images
-    if role == "assistant":
-        _add_assistant(translated, message, where, names, warnings)
-    elif role == "tool":
-        _add_tool_result(translated, message, where, names)
-    return translated
-
-
-def _add_assistant(into: Payload, message: Payload, where: str, names: dict[str, str], warnings: list[str]) -> None:
-    thinking = message.get("reasoning_content") or message.get("reasoning")
-    if isinstance(thinking, str):  # others (OpenAI's own "reasoning" items) are opaque to any model
-        into["thinking"] = thinking
-    if not into["content"] and isinstance(message.get("refusal"), str):
-        into["content"] = message["refusal"]
-    calls = message.get("tool_calls") or []
-    if not isinstance(calls, list):
-        raise _wrong(f"{where}.tool_calls", "a list")
-    if calls:
-        into["tool_calls"] = [
-            _past_call(call, f"{where}.tool_calls[{index}]", names, warnings) for index, call in enumerate(calls)
-        ]
-
-
-def _past_call(call: Any, where: str, names: dict[str, str], warnings: list[str]) -> Payload:
-    function = call.get("function") if isinstance(call, dict) else None
-    name = function.get("name") if isinstance(function, dict) else None
-    if not isinstance(function, dict) or not isinstance(name, str):
-        raise _wrong(f"{where}.function", "an object with a 'name'")
-    translated: Payload = {"function": {"name": name, "arguments": _arguments(function.get("arguments"), warnings)}}
-    if isinstance(call.get("id"), str):
-        names[call["id"]] = name
-        translated["id"] = call["id"]
-    return translated
-
-
-def _arguments(arguments: Any, warnings: list[str]) -> Payload:
-    """A past call's arguments as the object that Ollama wants.
-
-    Models do write broken JSON, and the agent's history then holds it for good: to refuse it would
-    end that conversation. It is wrapped instead, so that the model still reads what it wrote.
-    """
-    if isinstance(arguments, dict):
-        return arguments
-    if arguments is None or (isinstance(arguments, str) and not arguments.strip()):
-        return {}
-    if isinstance(arguments, str):
-        try:
-            return wire.loads_object(arguments.encode("utf-8", "surrogatepass"))
-        except ClientError:
-            pass  # the wrapped form below is the answer to it
-    warnings.append("wrapped(tool_calls.arguments)")
-    return {"arguments": arguments}
-
-
-def _add_tool_result(into: Payload, message: Payload, where: str, names: dict[str, str]) -> None:
-    call_id = message.get("tool_call_id", "")
-    if not isinstance(call_id, str):
-        raise _wrong(f"{where}.tool_call_id", "a string")
-    if call_id:
-        into["tool_call_id"] = call_id
-    name = names.get(call_id) or message.get("name")
-    if isinstance(name, str):
-        into["tool_name"] = name
-
-
-def _content(content: Any, where: str) -> tuple[str, list[str]]:
-    """(text, images as base64). Text parts are joined by a line end, as llama-server and vLLM do."""
-    if content is None:
-        return "", []
-    if isinstance(content, str):
-        return content, []
-    if not isinstance(content, list):
-        raise _wrong(where, "a string or a list of parts")
-    texts, images = [], []
-    for index, part in enumerate(content):
-        here = f"{where}[{index}]"
-        kind = part.get("type") if isinstance(part, dict) else None
-        if kind in ("text", "refusal"):
-            text = part.get(kind)
-            if not isinstance(text, str):
-                raise _wrong(f"{here}.{kind}", "a string")
-            texts.append(text)
-        elif kind == "image_url":
-            images.append(_image(part.get("image_url"), f"{here}.image_url"))
-        elif kind in ("input_audio", "file", "video_url"):
-            raise _unsupported(kind, f"Ollama takes text and images only, no part of the type '{kind}'.", here)
-        else:
-            raise ClientError(f"{here}.type must be 'text' or 'image_url'.", param=f"{here}.type")
-    return "\n".join(texts), images
-
-
-def _image(image: Any, where: str) -> str:
-    """The base64 text of a data: URL. Nothing is ever fetched: that would let a client send us anywhere."""
-    url = image.get("url") if isinstance(image, dict) else image
-    if not isinstance(url, str):
-        raise _wrong(f"{where}.url", "a string")
-    if _REMOTE_URL.match(url):
-        raise ClientError(f"{where}: images are not fetched; send a data: URL.", param=where)
-    head = _DATA_URL.match(url)
-    if head is None:
-        raise ClientError(f"{where} must be a data: URL in base64 (data:image/png;base64,...).", param=where)
-    data = url[head.end() :]
-    try:
-        empty = not base64.b64decode(data, validate=True)
-    except (binascii.Error, ValueError):  # ValueError: characters outside ASCII
-        raise ClientError(f"{where} holds broken base64.", param=where) from None
-    if empty:
-        raise ClientError(f"{where} holds an empty image.", param=where)
-    return data
-
-
-def _merged(messages: list[Payload]) -> list[Payload]:
-    """All system messages as one first one, for templates that refuse a later or a second one."""
-    system = [message["content"] for message in messages if message["role"] == "system"]
-    others = [message for message in messages if message["role"] != "system"]
-    return [{"role": "system", "content": "\n\n".join(system)}, *others] if system else others
+# --- Requests: text ------------------------------------------------------------------------------
 
 
 def _prompt(asked: Payload) -> str:
     prompt = asked.get("prompt")
     if isinstance(prompt, list) and prompt:
         if not all(isinstance(one, str) for one in prompt):
-            raise _unsupported("tokens", "Ollama takes the prompt as text, not as tokens.", "prompt")
+            raise unsupported("tokens", "Ollama takes the prompt as text, not as tokens.", "prompt")
         if len(prompt) > 1:
-            raise _unsupported("prompts", "Ollama takes one prompt a request.", "prompt")
+            raise unsupported("prompts", "Ollama takes one prompt a request.", "prompt")
         prompt = prompt[0]
     if not isinstance(prompt, str):
-        raise _wrong("prompt", "a string")
+        raise wrong("prompt", "a string")
     if not prompt:  # Ollama would load or unload the model and answer nothing
-        raise _unsupported("empty_prompt", "Ollama generates nothing from an empty prompt.", "prompt")
+        raise unsupported("empty_prompt", "Ollama generates nothing from an empty prompt.", "prompt")
     return prompt
 
 
-def _input(asked: Payload) -> str | list[str]:
+def _input(asked: Payload) -> list[str]:
+    """The texts to embed, always as a list: to "" alone Ollama answers no vector, to [""] one."""
     value = asked.get("input")
     if isinstance(value, str):
-        return value
+        return [value]
     if not isinstance(value, list) or not value:
-        raise _wrong("input", "a string or a list of strings")
+        raise wrong("input", "a string or a list of strings")
     if any(isinstance(one, int | list) for one in value):
-        raise _unsupported("tokens", "Ollama takes the input as text, not as tokens.", "input")
+        raise unsupported("tokens", "Ollama takes the input as text, not as tokens.", "input")
     if not all(isinstance(one, str) for one in value):
-        raise _wrong("input", "a string or a list of strings")
+        raise wrong("input", "a string or a list of strings")
     return value
 
 
 # --- Requests: what can't be had ------------------------------------------------------------------
 
 
-def _require(target: Model, capability: str, detail: str, param: str | None) -> None:
-    """Refuse what the target is known to lack; unknown capabilities are left for Ollama to judge."""
-    if target.capabilities is not None and capability not in target.capabilities:
-        raise _unsupported(detail, f"Model '{target.name}' does not support {detail}.", param)
-
-
 def _one_answer(asked: Payload) -> None:
-    count = _integer(asked, "n", 1)
+    count = integer(asked, "n", 1)
     if count is not None and count > 1:
-        raise _unsupported("n", "Ollama gives one answer a request (n = 1).", "n")
-
-
-def _unsupported(detail: str, message: str, param: str | None) -> BackendError:
-    return BackendError("unsupported", message, detail=detail, param=param)
+        raise unsupported("n", "Ollama gives one answer a request (n = 1).", "n")
 
 
 def _ignored(asked: Payload, body: Payload, known: frozenset[str]) -> list[str]:
@@ -548,8 +388,13 @@ def _ignored(asked: Payload, body: Payload, known: frozenset[str]) -> list[str]:
     for name, value in asked.items():
         ours = name in _RUNNER and body.get(name) is None  # from the configuration
         if not (ours or name in known or name in _SHAPELESS or value in _NEUTRAL.get(name, ())):
-            warnings.append(f"ignored({_NO_NAME.sub('_', name)[:64] or '_'})")
+            warnings.append(_ignored_field(name))
     return warnings
+
+
+def _ignored_field(name: str) -> str:
+    """Fit for a header, whatever the client called it."""
+    return f"ignored({_NO_NAME.sub('_', name)[:64] or '_'})"
 
 
 def _listed(warnings: list[str]) -> list[str]:
@@ -558,50 +403,6 @@ def _listed(warnings: list[str]) -> list[str]:
     if len(once) <= _MAX_WARNINGS:
         return once
     return [*once[: _MAX_WARNINGS - 1], f"ignored({len(once) - _MAX_WARNINGS + 1}_more)"]
-
-
-# --- Requests: types ------------------------------------------------------------------------------
-
-
-def _wrong(name: str, needed: str) -> ClientError:
-    return ClientError(f"{name} must be {needed}.", param=name)
-
-
-def _number(asked: Payload, name: str) -> int | float | None:
-    value = asked.get(name)
-    if value is None or (isinstance(value, int | float) and not isinstance(value, bool)):
-        return value
-    raise _wrong(name, "a number")
-
-
-def _integer(asked: Payload, name: str, least: int | None = None, most: int | None = None) -> int | None:
-    """An integer; 3.0 counts, since many clients know only one kind of number, but Ollama wants 3."""
-    value = asked.get(name)
-    if isinstance(value, float) and value.is_integer():
-        value = int(value)
-    if value is None:
-        return None
-    if not isinstance(value, int) or isinstance(value, bool) or abs(value) >= 2**63:
-        raise _wrong(name, "an integer")
-    if least is not None and value < least:
-        raise _wrong(name, f"at least {least}")
-    if most is not None and value > most:
-        raise _wrong(name, f"at most {most}")
-    return value
-
-
-def _boolean(asked: Payload, name: str) -> bool:
-    value = asked.get(name)
-    if value is None or isinstance(value, bool):
-        return bool(value)
-    raise _wrong(name, "true or false")
-
-
-def _string(asked: Payload, name: str) -> str:
-    value = asked.get(name)
-    if value is None or isinstance(value, str):
-        return value or ""
-    raise _wrong(name, "a string")
 
 
 # --- Answers --------------------------------------------------------------------------------------
@@ -637,15 +438,14 @@ class ChatStream:
         self._prompt_chars = prompt_chars
         self._new_id = new_id
         self._chat = call.endpoint == "chat"
-        self._base = {
-            "id": call.id,
-            "object": ("chat.completion" if self._chat else "text_completion"),
-            "created": call.created,
-            "model": target.name,
-        }
+        kind = "text_completion"
+        if self._chat:
+            kind = "chat.completion.chunk" if call.stream else "chat.completion"
+        self._base = {"id": call.id, "object": kind, "created": call.created, "model": target.name}
         self._begun = not self._chat  # the role was sent; legacy completions have none
         self._call_ids: set[str] = set()
         self._logprobs: list[Payload] = []  # of tokens whose text is still to come
+        self._tags: ThinkTags | None = ThinkTags()  # None once no tag can come any more
         self._offset = 0  # characters before the next token, for legacy text_offset
         # for `whole`
         self._text: list[str] = []
@@ -653,7 +453,6 @@ class ChatStream:
         self._tool_calls: list[Payload] = []
         self._all_logprobs: list[Payload] = []
         if call.stream:
-            self._base["object"] += ".chunk" if self._chat else ""
             self._text_parts = self._event(self._text_choice(_MARK)).split(_MARK_JSON)
             self._reasoning_parts = self._event(self._reasoning_choice(_MARK)).split(_MARK_JSON)
 
@@ -664,18 +463,9 @@ class ChatStream:
         Raises BackendError: an {"error"} line as failures.in_stream reads it, `bad_answer` for
         another shape, `empty_answer` for a chat answer that ended without any content.
         """
-        if "error" in line:
+        if line.get("error") is not None:
             raise failures.in_stream(line["error"], model=self._target.model, backend=self._target.backend)
-        source = line.get("message", {}) if self._chat else line
-        if not isinstance(source, dict):
-            raise _bad_answer("'message' is not an object")
-        text = source.get("content" if self._chat else "response") or ""
-        reasoning = source.get("thinking") or ""
-        if not isinstance(text, str) or not isinstance(reasoning, str):
-            raise _bad_answer("text is not a string")
-        calls = source.get("tool_calls")
-        if "logprobs" in line and not reasoning:  # OpenAI gives them for the content alone
-            self._logprobs += _logprobs(line["logprobs"])
+        reasoning, text, calls = self._read(line)
         content = bool(text or reasoning or calls)
         frames = self._begin() if content and not self._begun else b""
         if reasoning:
@@ -688,21 +478,50 @@ class ChatStream:
             frames += self._end(line)
         return frames, content
 
+    def _read(self, line: Payload) -> tuple[str, str, Any]:
+        """(reasoning, text, tool calls) of a line."""
+        source = line.get("message", {}) if self._chat else line
+        if not isinstance(source, dict):
+            raise _bad_answer("'message' is not an object")
+        text = source.get("content" if self._chat else "response") or ""
+        reasoning = source.get("thinking") or ""
+        if not isinstance(text, str) or not isinstance(reasoning, str):
+            raise _bad_answer("text is not a string")
+        if self._tags is not None:
+            reasoning, text = self._split(self._tags, reasoning, text, bool(line.get("done")))
+        if "logprobs" in line and not reasoning:  # OpenAI gives them for the answer alone
+            self._logprobs += _logprobs(line["logprobs"])
+        return reasoning, text, source.get("tool_calls")
+
+    def _split(self, tags: ThinkTags, reasoning: str, text: str, last: bool) -> tuple[str, str]:
+        thought, text = tags.split(text)
+        if last or reasoning:
+            held_thought, held_text = tags.flush()
+            thought, text = thought + held_thought, text + held_text
+        if thought:
+            self._logprobs.clear()  # they were the opening tag's
+        if reasoning or tags.settled:  # the server splits by itself, or the answer has begun
+            self._tags = None
+        return reasoning + thought, text
+
     def whole(self) -> Payload:
         """The chat.completion or text_completion object of what was fed."""
-        text: str | None = "".join(self._text)
+        text = "".join(self._text)
         reasoning = "".join(self._reasoning)
-        finish = self.tally.finish_reason
         extra = {"reasoning_content": reasoning, "reasoning": reasoning} if reasoning else {}
-        choice: Payload
-        if self._chat:
-            message = {"role": "assistant", "content": text, **extra}
-            if self._tool_calls:
-                message |= {"content": text or None, "tool_calls": self._tool_calls}
-            choice = {"index": 0, "message": message}
+        choice: Payload = {"index": 0}
+        if not self._chat:
+            choice |= {"text": text, **extra}
+        elif self._tool_calls:
+            choice["message"] = {
+                "role": "assistant",
+                "content": text or None,
+                **extra,
+                "tool_calls": self._tool_calls,
+            }
         else:
-            choice = {"index": 0, "text": text, **extra}
-        choice |= {"logprobs": self._shaped(self._all_logprobs), "finish_reason": finish}
+            choice["message"] = {"role": "assistant", "content": text, **extra}
+        choice |= {"logprobs": self._shaped(self._all_logprobs), "finish_reason": self.tally.finish_reason}
         usage = self._usage()
         return {**self._base, "choices": [choice], **({"usage": usage} if usage else {})}
 
@@ -919,8 +738,6 @@ def embed_response(answer: Payload, name: str, encoding_format: str | None, coun
     else floats. count: how many inputs were sent. Raises BackendError("bad_answer") if the vectors are not
     as many, so that none is stored under another's text.
     """
-    if "error" in answer:
-        raise _bad_answer(f"error: {answer['error']}")
     vectors = answer.get("embeddings")
     if not isinstance(vectors, list) or not all(isinstance(vector, list) for vector in vectors):
         raise _bad_answer("'embeddings' is not a list of vectors")
@@ -937,8 +754,8 @@ def embed_response(answer: Payload, name: str, encoding_format: str | None, coun
 def _float32_base64(vector: list[Any]) -> str:
     try:
         floats = array("f", vector)
-    except TypeError:
-        raise _bad_answer("a vector holds something that is no number") from None
+    except (TypeError, OverflowError):
+        raise _bad_answer("a vector holds something else than float32 numbers") from None
     if sys.byteorder == "big":
         floats.byteswap()
     return base64.b64encode(floats.tobytes()).decode("ascii")

@@ -9,7 +9,7 @@ from portway.errors import BackendError
 from portway.failures import classify, read_error
 
 if TYPE_CHECKING:
-    from portway.config import Backend, Model
+    from portway.config import Backend
     from portway.transport import Reply
 
 MAX_ERROR = 1_048_576  # bytes of an error's body that are read
@@ -31,8 +31,8 @@ def request_head(backend: Backend, path: str, method: str = "POST") -> bytes:
     return "\r\n".join([*lines, "Content-Length: "]).encode("latin-1")
 
 
-def error_of(reply: Reply, target: Model) -> BackendError:
-    """The BackendError of an answer whose status is not 200; reads and closes it."""
+def error_of(reply: Reply, model: str, backend: Backend) -> BackendError:
+    """The BackendError of an answer whose status is not 200; reads and closes it. model: the backend's name of it."""
     try:
         body = reply.read_all(MAX_ERROR)
     finally:
@@ -44,8 +44,8 @@ def error_of(reply: Reply, target: Model) -> BackendError:
     return classify(
         status,
         message,
-        model=target.model,
-        backend=target.backend,
+        model=model,
+        backend=backend,
         type=type,
         retry_after=_retry_after(headers),
         body=body if body.lstrip()[:1] == b"{" else None,

@@ -95,3 +95,24 @@ class ClientWatch:
 
     def look_for_all(self) -> None:
         self._poll.modify(self._client_fd, select.POLLIN | _HANGUP)
+
+
+class NoClient:
+    """A Watch where no client waits: the daemon's own questions to a backend."""
+
+    phase = "waiting"
+
+    def readable(self, sock: socket.socket, until: float) -> bool:
+        return _ready(sock, select.POLLIN, until)
+
+    def writable(self, sock: socket.socket, until: float) -> bool:
+        return _ready(sock, select.POLLOUT, until)
+
+    def pause(self, until: float) -> None:
+        time.sleep(max(0.0, until - time.monotonic()))
+
+
+def _ready(sock: socket.socket, events: int, until: float) -> bool:
+    poller = select.poll()
+    poller.register(sock, events)
+    return bool(poller.poll(max(0, int((until - time.monotonic()) * 1000) + 1)))

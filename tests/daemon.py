@@ -114,7 +114,7 @@ class DaemonProcess(_Running):
         assert self._process is not None
         if self._process.poll() is not None:
             raise AssertionError(f"the daemon ended with {self._process.returncode}:\n{self.log}")
-        listening = re.search(r"http://127\.0\.0\.1:(\d+)", self.log)
+        listening = re.search(r"listening on http://127\.0\.0\.1:(\d+)", self.log)
         self.port = int(listening[1]) if listening else 0
         return self.port != 0
 

@@ -167,7 +167,7 @@ def _stream_reply(
 
 
 def _cut(data: bytes, sizes: int | Sequence[int]) -> list[bytes]:
-    pieces = []
+    pieces: list[bytes] = []
     start = 0
     for size in itertools.cycle([sizes] if isinstance(sizes, int) else sizes):
         if start >= len(data):

@@ -24,7 +24,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Self
 
-from tests.build_llama_server import build, cache
+from tests.build_llama_server import build, cache, cached
 from tests.tiny_gguf import TinyModel
 
 PATIENCE = 30.0  # seconds that anything may take here; a tiny model is up in a tenth of one
@@ -35,13 +35,12 @@ def program() -> Path:
 
     With PORTWAY_BUILD_LLAMA_SERVER=1 it is built if need be. Otherwise the test is skipped, in CI failed.
     """
-    built = cache() / "llama-server"
-    for found in (os.environ.get("PORTWAY_LLAMA_SERVER"), shutil.which("llama-server"), built):
+    for found in (os.environ.get("PORTWAY_LLAMA_SERVER"), shutil.which("llama-server"), cached()):
         if found and os.access(found, os.X_OK):
             return Path(found)
     if os.environ.get("PORTWAY_BUILD_LLAMA_SERVER") == "1":
-        build(built)
-        return built
+        build(cached())
+        return cached()
     way_out = "no llama-server: put one on PATH, or have one built with PORTWAY_BUILD_LLAMA_SERVER=1"
     if os.environ.get("CI") == "true":
         raise AssertionError(way_out)

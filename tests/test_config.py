@@ -16,7 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from portway import config, fields
-from portway.config import Config, ConfigError, ConfigWatcher, Mistake
+from portway.config import Config, ConfigError, ConfigWatcher
+from portway.fields import Mistake
 
 ROOT = Path(__file__).resolve().parent.parent
 SHIPPED = ROOT / "config" / "models.toml"
@@ -444,7 +445,7 @@ class Refusals(unittest.TestCase):
                 self.assertEqual(
                     [near], [found.near for found in mistakes(BACKENDS + other + MODEL.format(name="a") + line)]
                 )
-        origins = {'allowed_origins = ["http://X/"]': "http://X", 'allowed_origins = ["*"]': ""}
+        origins = {'allowed_origins = ["http://X/"]': "http://X", 'allowed_origins = ["*.x"]': ""}
         origins |= {'host = "[::1]"': "::1", 'host = "a b"': ""}
         for line, near in origins.items():
             with self.subTest(line):
@@ -552,6 +553,8 @@ class Refusals(unittest.TestCase):
         self.assertEqual(
             ["models.a.fallback[1]"], [found.key for found in mistakes(with_fallbacks(a=["b", "b"], b=[]))]
         )
+        (found,) = mistakes(with_fallbacks(a=["b", "b"], b=[]))
+        self.assertEqual("'b' stands in this chain already", found.problem)
         for other in ("a-weights", "a-weights:latest"):
             with self.subTest(other):
                 text = with_fallbacks(a=["b"], b=[]).replace('"b-weights"', f'"{other}"')

@@ -65,14 +65,22 @@ class Streamed:
 
 def ask(client: RawClient, model: str = "local", path: str = CHAT, **fields: Any) -> RawResponse:
     """The answer to one request without a stream."""
+    return client.call("POST", path, body(model, path, fields))
+
+
+def body(model: str, path: str, fields: dict[str, Any]) -> dict[str, Any]:
+    """A request; one for so many tokens gets them, as a tiny model may well end before the first word."""
+    defaults: dict[str, Any] = {"model": model}
     if path == CHAT:
-        fields.setdefault("messages", HELLO)
-    return client.call("POST", path, {"model": model, **fields})
+        defaults["messages"] = HELLO
+    if "max_tokens" in fields:
+        defaults["ignore_eos"] = True
+    return {**defaults, **fields}
 
 
 def stream(client: RawClient, model: str = "local", *, until_content: bool = False, **fields: Any) -> Streamed:
     """A streamed answer; it must begin with 200, and may break off."""
-    client.request("POST", CHAT, {"model": model, "messages": HELLO, "stream": True, **fields})
+    client.request("POST", CHAT, body(model, CHAT, {"stream": True, **fields}))
     streamed = Streamed(client.head())
     if streamed.head.status != 200:
         raise AssertionError(f"the stream began with {streamed.head.status} {streamed.head.reason}")
@@ -137,20 +145,20 @@ class ChatTest(Served):
 
     def test_parameters_reach_the_server(self) -> None:
         """With the same parameters the daemon's answer is, word for word, the server's own."""
-        fields = {"messages": HELLO, "seed": 7, "temperature": 1.5, "stop": [" bridge"], "max_tokens": 40}
-        own = self.server.post(CHAT, {"model": "tiny", **fields})
+        fields = {"seed": 7, "temperature": 1.5, "stop": [" bridge"], "max_tokens": 40}
+        own = self.server.post(CHAT, body("tiny", CHAT, fields))
         through = self.good(ask(self.client, **fields))
         self.assertEqual(own["choices"][0]["message"]["content"], through["choices"][0]["message"]["content"])
         self.assertEqual(own["choices"][0]["finish_reason"], through["choices"][0]["finish_reason"])
 
     def test_unknown_fields_reach_the_server(self) -> None:
         """A field that OpenAI does not know is passed on: llama-server's own ignore_eos has its effect."""
-        answer = self.good(ask(self.client, ignore_eos=True, max_tokens=60))
+        answer = self.good(ask(self.client, max_tokens=60, ignore_eos=True))
         self.assertEqual(60, answer["usage"]["completion_tokens"])
 
     def test_choices_and_logprobs(self) -> None:
         """n gives as many choices, and logprobs one entry for each token."""
-        answer = self.good(ask(self.client, n=2, logprobs=True, top_logprobs=2, max_tokens=4, ignore_eos=True))
+        answer = self.good(ask(self.client, n=2, logprobs=True, top_logprobs=2, max_tokens=4))
         self.assertEqual([0, 1], sorted(choice["index"] for choice in answer["choices"]))
         self.assertEqual([4, 4], [len(choice["logprobs"]["content"]) for choice in answer["choices"]])
 
@@ -209,10 +217,10 @@ class StreamTest(Served):
 
     def test_usage_only_when_asked(self) -> None:
         """The usage chunk comes exactly when it is asked for, last and with true numbers."""
-        silent = stream(self.client, max_tokens=5, ignore_eos=True)
+        silent = stream(self.client, max_tokens=5)
         self.assertEqual([], [chunk for chunk in silent.chunks if chunk.get("usage")])
         self.assertEqual([], [chunk for chunk in silent.chunks if not chunk["choices"]])
-        asked = stream(self.client, max_tokens=5, ignore_eos=True, stream_options={"include_usage": True})
+        asked = stream(self.client, max_tokens=5, stream_options={"include_usage": True})
         self.assertEqual([], asked.chunks[-1]["choices"])
         self.assertEqual(5, asked.chunks[-1]["usage"]["completion_tokens"])
         self.assertGreater(asked.chunks[-1]["usage"]["prompt_tokens"], 10)
@@ -271,7 +279,7 @@ class ToolsTest(Served):
             {"role": "assistant", "content": None, "tool_calls": [call]},
             {"role": "tool", "tool_call_id": "call_1", "content": "cold"},
         ]
-        self.good(ask(self.client, messages=messages, tools=[WEATHER], max_tokens=3))
+        self.good(ask(self.client, messages=messages, tools=[WEATHER], tool_choice="required", temperature=0))
 
 
 class ReasoningTest(Served):
@@ -282,7 +290,7 @@ class ReasoningTest(Served):
 
     def test_plain(self) -> None:
         """Reasoning stands in reasoning_content and in reasoning, and no tag of it in content."""
-        message = self.good(ask(self.client, max_tokens=30, ignore_eos=True))["choices"][0]["message"]
+        message = self.good(ask(self.client, max_tokens=30))["choices"][0]["message"]
         self.assertTrue(message["reasoning_content"].strip())
         self.assertEqual(message["reasoning_content"], message["reasoning"])
         self.assertTrue(message["content"].strip())
@@ -290,7 +298,7 @@ class ReasoningTest(Served):
 
     def test_streamed(self) -> None:
         """In a stream all reasoning comes before the first content."""
-        streamed = stream(self.client, max_tokens=30, ignore_eos=True)
+        streamed = stream(self.client, max_tokens=30)
         kinds = ["content" if delta.get("content") else "reasoning" for delta in streamed.deltas if any(delta.values())]
         self.assertTrue(streamed.text("reasoning_content").strip())
         self.assertTrue(streamed.text().strip())
@@ -338,6 +346,8 @@ class EmbeddingsTest(Served):
 
 class WindowTest(Case):
     """Prompts that are too long: a small server, and a larger one behind it."""
+
+    daemon: ClassVar[Daemon]
 
     @classmethod
     def setUpClass(cls) -> None:
@@ -411,8 +421,8 @@ class DisconnectTest(Served):
 
     def test_replay_is_not_switched_on(self) -> None:
         """X-Conversation-Id, which makes llama-server work on for nobody, is not passed on."""
-        body = {"model": "local", "messages": HELLO, "stream": True}
-        self.client.request("POST", CHAT, body, {"X-Conversation-Id": "c1"})
+        asked = body("local", CHAT, {"stream": True})
+        self.client.request("POST", CHAT, asked, {"X-Conversation-Id": "c1"})
         head = self.client.head()
         next(event for event in self.client.events(head) if event.data)
         self.client.close()
@@ -421,7 +431,7 @@ class DisconnectTest(Served):
     def test_plain(self) -> None:
         """When a client that waits for a whole answer closes its connection, the slot stops, too."""
         before = len(self.server.log)
-        self.client.request("POST", CHAT, {"model": "local", "messages": HELLO})
+        self.client.request("POST", CHAT, body("local", CHAT, {}))
         self.server.await_logged("processing task", since=before)
         self.client.close()
         self.server.await_logged("stop processing", since=before)
@@ -454,7 +464,7 @@ class CrashTest(Case):
         """A stream that breaks ends with one error frame and no [DONE], fallback or not; the next request works."""
         for model in ("local", "backed"):
             with self.subTest(model=model):
-                self.client.request("POST", CHAT, {"model": model, "messages": HELLO, "stream": True})
+                self.client.request("POST", CHAT, body(model, CHAT, {"stream": True}))
                 head = self.client.head()
                 events = self.client.events(head)
                 while not (next(events).data or "").count('"content":"'):
@@ -495,6 +505,9 @@ class CrashTest(Case):
 
 class RouterTest(Case):
     """llama-server's router mode: several models behind one address, loaded on demand."""
+
+    server: ClassVar[LlamaServer]
+    daemon: ClassVar[Daemon]
 
     @classmethod
     def setUpClass(cls) -> None:
@@ -577,8 +590,8 @@ class KeyTest(Case):
         daemon = self.enterContext(Daemon(text, {"LLAMA_KEY": "sk-right"}))
         client = self.enterContext(daemon.client())
         self.good(ask(client, "right", max_tokens=3))
-        body = {"model": "wrong", "messages": HELLO}
-        self.bad(502, "backend_auth", client.call("POST", CHAT, body, {"Authorization": "Bearer sk-right"}))
+        asked = body("wrong", CHAT, {})
+        self.bad(502, "backend_auth", client.call("POST", CHAT, asked, {"Authorization": "Bearer sk-right"}))
 
 
 class ProcessTest(Case):
@@ -590,7 +603,7 @@ class ProcessTest(Case):
         models = '[models.local]\nbackend = "llama"\nmodel = "tiny"\n'
         daemon = self.enterContext(DaemonProcess(configuration({"llama": server}, models)))
         client = self.enterContext(daemon.client())
-        client.request("POST", CHAT, {"model": "local", "messages": HELLO, "stream": True, "max_tokens": 1000})
+        client.request("POST", CHAT, body("local", CHAT, {"stream": True, "max_tokens": 1000}))
         events = client.events(client.head())
         next(events)
         daemon.send(signal.SIGTERM)
