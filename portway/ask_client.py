@@ -11,15 +11,8 @@ import _socket
 
 try:
     from _json import encode_basestring_ascii as _quote
-    from _json import make_scanner as _make_scanner
-except ImportError:  # a Python that is not CPython has them elsewhere
-    import json
-
-    _quote = json.encoder.encode_basestring_ascii
-
-    def _make_scanner(_context: object) -> Scan:
-        return json.JSONDecoder().scan_once
-
+except ImportError:  # not CPython
+    from json.encoder import encode_basestring_ascii as _quote
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -39,7 +32,7 @@ class Unreachable(Exception):
 
 
 class Broken(Exception):
-    """The answer is no HTTP, or ends before its end. str() says which."""
+    """The answer is no HTTP, or ends before its end. str() is a sentence that says which."""
 
 
 # --- JSON ------------------------------------------------------------------------------------
@@ -62,13 +55,15 @@ def loads(text: str) -> Any:
     """The value of a JSON text. Raises ValueError."""
     text = text.strip(" \t\r\n")
     try:
-        value, end = _make_scanner(_Context)(text, 0)
-    except StopIteration as exc:
-        raise ValueError(f"not JSON at character {exc.value}") from None
+        value, end = _scanner()(text, 0)
     except RecursionError:
         raise ValueError("nested too deeply") from None
+    except (StopIteration, SystemError):  # SystemError: Python 3.11's can't complain without json.decoder
+        end = -1
     if end != len(text):
-        raise ValueError(f"not JSON at character {end}")
+        import json
+
+        return json.loads(text)  # which says what is wrong, and where
     return value
 
 
@@ -84,7 +79,16 @@ class _Context:
     parse_float = float
     parse_int = int
     parse_constant = staticmethod(_refuse_constant)
-    memo: dict[str, str] = {}  # noqa: RUF012 - only there because the scanner looks for it
+
+
+def _scanner() -> Scan:
+    try:
+        from _json import make_scanner
+    except ImportError:  # not CPython
+        import json
+
+        return json.JSONDecoder().raw_decode
+    return make_scanner(_Context)  # type: ignore[arg-type] # it takes whatever has these attributes
 
 
 # --- HTTP ------------------------------------------------------------------------------------
@@ -175,7 +179,7 @@ class Exchange:
     def _read_head(self) -> None:
         version, _, status = self._line().partition(" ")
         if not version.startswith("HTTP/1.") or not status[:3].isdigit():
-            raise Broken("no HTTP server")
+            raise Broken("what answers there is no HTTP server")
         self.status = int(status[:3])
         self.headers = {}
         while line := self._line():
@@ -200,7 +204,7 @@ class Exchange:
     def _line(self) -> str:
         while (end := self._buffer.find(b"\n")) < 0:
             if len(self._buffer) > MAX_LINE:
-                raise Broken("no HTTP server")
+                raise Broken("what answers there is no HTTP server")
             self._buffer += self._more()
         line, self._buffer = self._buffer[:end], self._buffer[end + 1 :]
         return line.decode("latin-1").rstrip("\r")
@@ -232,7 +236,7 @@ def _nothing() -> None:
 def _number(text: str, base: int) -> int:
     digits = "0123456789abcdefABCDEF"[: 10 if base == 10 else None]
     if not text or text.strip(digits):
-        raise Broken("no HTTP server")
+        raise Broken("what answers there is no HTTP server")
     return int(text, base)
 
 

@@ -15,6 +15,7 @@ import threading
 import time
 import zlib
 from collections.abc import Callable
+from contextlib import closing
 from dataclasses import dataclass
 
 from portway.cache_file import CacheFile, Counts, Readers, Row, Stats, Unusable, describe, is_corrupt, set_aside
@@ -113,6 +114,7 @@ class Cache:
         self._max_size = max_size
         self._lifetime = lifetime
         self._say = say or _to_stderr
+        self.notice = ""  # what has happened to the file though it works now; "" = nothing
         self._changed = threading.Condition()  # its lock guards everything down to the blank line
         self._answers: dict[bytes, _Waiting] = {}
         self._bytes = 0  # of the answers that wait
@@ -123,7 +125,9 @@ class Cache:
         self._dropped = 0
         self._busy = True  # the writer is at work, or has not begun
         self._closing = False
+        self._accepts = True
         self._readers: Readers | None = None  # None = the file can't be used now
+        self._read_error: sqlite3.Error | None = None  # for the writer to look into
         self._problem = ""
 
         self._file: CacheFile | None = None  # this and the rest belong to the writer
@@ -173,7 +177,7 @@ class Cache:
             before = self._answers.get(key)
             total = self._bytes + size - (before.size if before else 0)
             full = len(self._answers) >= MAX_WAITING or total > MAX_WAITING_BYTES
-            if full or self._closing or size > self._max_size // LARGEST_SHARE:
+            if full or not self._accepts or size > self._max_size // LARGEST_SHARE:
                 self._dropped += 1
                 return
             self._answers[key] = waiting
@@ -190,22 +194,24 @@ class Cache:
             return None
         try:
             found = readers.find(key)
-        except (sqlite3.Error, zlib.error) as exc:
+        except sqlite3.Error as exc:
             self._reading_failed(readers, exc)
+            return None
+        except zlib.error:  # this one is damaged; the answer that follows the miss will replace it
             return None
         if found is None:
             return None
         return Entry(found.document, found.model, found.stored_at, found.warning)
 
-    def _reading_failed(self, readers: Readers, error: Exception) -> None:
-        """No more look-ups until the writer has looked at the file; it may be closing it already."""
+    def _reading_failed(self, readers: Readers, error: sqlite3.Error) -> None:
+        """No more look-ups until the writer has looked at the file."""
         with self._changed:
-            if self._readers is not readers:
-                return
-            self._readers = None
-            self._problem = _sentence(self.path, error)
-            self._notes_due = time.monotonic()
-            self._changed.notify_all()
+            if self._readers is readers:  # else the writer has closed it in the meantime
+                self._readers = None
+                self._read_error = error
+                self._notes_due = time.monotonic()
+                self._changed.notify_all()
+        readers.close()
 
     def _note(self, key: bytes, model: str, hit: bool) -> None:
         with self._changed:
@@ -229,7 +235,7 @@ class Cache:
         if self._readers is None:
             return None
         try:
-            with _closing(CacheFile(self.path, WRITE_PATIENCE)) as file:
+            with closing(CacheFile(self.path, WRITE_PATIENCE)) as file:
                 return file.stats()
         except (sqlite3.Error, OSError, Unusable):
             return None
@@ -238,7 +244,7 @@ class Cache:
         """Delete all entries, or those of `model`, or those older than that many seconds. Returns how
         many. Raises sqlite3.Error, OSError, Unusable."""
         self.flush(WRITE_PATIENCE)
-        with _closing(CacheFile(self.path, WRITE_PATIENCE)) as file:
+        with closing(CacheFile(self.path, WRITE_PATIENCE)) as file:
             return file.purge(model, None if older_than is None else time.time() - older_than)
 
     def flush(self, timeout: float) -> bool:
@@ -253,6 +259,7 @@ class Cache:
         """Write what waits, as far as the file lets it within `timeout` seconds, and end."""
         with self._changed:
             self._closing = True
+            self._accepts = False
             self._changed.notify_all()
         self._writer.join(timeout)
 
@@ -276,21 +283,20 @@ class Cache:
             while not self._closing and (left := self._due() - time.monotonic()) > 0:
                 self._changed.wait(left)
             self._busy = True
-            return not self._closing or self._file is not None and bool(self._answers or self._used or self._counts)
+            can_write = self._file is not None or not self._failures
+            return not self._closing or (can_write and bool(self._answers or self._used or self._counts))
 
     def _due(self) -> float:
         if self._file is None:
             return self._retry_at
         if self._answers:
             return 0.0
-        return min(self._expire_at, self._expire_at if self._notes_due is None else self._notes_due)
+        return self._expire_at if self._notes_due is None else min(self._expire_at, self._notes_due)
 
     def _work(self) -> None:
         """One go at everything there is to do. After a failure all of it is there for the next one."""
         work = self._take()
         try:
-            if os.path.exists(self.path + OFF_SUFFIX):
-                raise Unusable("was turned off by `portway cache off`; `portway cache on` turns it on")
             file = self._opened()
             rows = [row for key, waiting in work.answers.items() if (row := _row(key, waiting.entry()))]
             if rows or work.used or work.counts:
@@ -318,6 +324,11 @@ class Cache:
                 self._notes_due = time.monotonic() + NOTES_DELAY
 
     def _opened(self) -> CacheFile:
+        error, self._read_error = self._read_error, None
+        if error is not None:
+            raise error
+        if os.path.exists(self.path + OFF_SUFFIX):
+            raise Unusable("is turned off; `portway cache on` turns it on")
         if self._file is not None and not self._file.is_in_place():
             self._shut()
         if self._file is None:
@@ -338,6 +349,7 @@ class Cache:
                     self._bytes -= waiting.size
             if self._readers is None:
                 self._readers = Readers(self.path)
+            self._accepts = not self._closing
             recovered, self._problem = self._problem, ""
         self._failures = 0
         if recovered:
@@ -345,10 +357,60 @@ class Cache:
 
     def _failed(self, error: Exception) -> None:
         self._shut()
-        problem = _sentence(self.path, error)
-        if is_corrupt(error):
-            problem = self._set_aside(problem)
-        else:
-            self._failures += 1
-        wait = min(RETRY_AFTER * 2.0 ** min(self._failures - 1, 16), RETRY_AT_MOST)
-        self._retry_at = time.monotonic() + wait
+        if is_corrupt(error) and self._set_aside():
+            return
+        self._retry_at = time.monotonic() + min(RETRY_AFTER * 2.0 ** min(self._failures, 16), RETRY_AT_MOST)
+        self._failures += 1
+        before, problem = self._problem, f"the cache's file {self.path} {describe(error)}"
+        with self._changed:
+            self._problem = problem
+            if isinstance(error, Unusable):
+                self._forget()
+        if problem != before:
+            self._say(problem)
+
+    def _set_aside(self) -> bool:
+        """A corrupt file makes room for a new one, begun at once. False if it can't be moved."""
+        try:
+            kept = set_aside(self.path)
+        except OSError:
+            return False
+        self.notice = f"the cache's file {self.path} was corrupt; it is kept as {kept}, and a new one begun"
+        self._say(self.notice)
+        return True
+
+    def _forget(self) -> None:
+        """Nothing that waits will ever be written. Called under the lock."""
+        self._accepts = False
+        self._answers.clear()
+        self._used.clear()
+        self._counts.clear()
+        self._bytes = 0
+        self._notes_due = None
+
+    def _shut(self) -> None:
+        with self._changed:
+            readers, self._readers = self._readers, None
+        if readers is not None:
+            readers.close()
+        if self._file is not None:
+            self._file.close()
+            self._file = None
+
+    def _stop(self) -> None:
+        """The thread ends: at close(), or by a mistake in Portway, whose traceback goes to stderr."""
+        self._shut()
+        with self._changed:
+            if not self._closing:
+                self._problem = "the cache has stopped; stderr says why"
+            self._forget()
+            self._busy = False
+            self._changed.notify_all()
+
+
+def _row(key: bytes, entry: Entry | None) -> Row | None:
+    return Row(key, entry.served_by, entry.stored_at, entry.warning, entry.document) if entry else None
+
+
+def _to_stderr(text: str) -> None:
+    print(f"portway: {text}", file=sys.stderr, flush=True)

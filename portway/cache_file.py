@@ -19,6 +19,7 @@ from typing import NamedTuple
 
 APPLICATION_ID = 0x50575943  # "PWYC": how a file says that it is this cache and nobody else's data
 WAL_LIMIT = 16 * 1024 * 1024  # bytes that the -wal file keeps after a checkpoint
+PAGE = 8192  # bytes; with 4096 the file is a fifth larger, as few answers fill such a page well
 PAGE_CACHE = 256  # KB a connection; the operating system's cache is the real one
 READ_PATIENCE = 0.005  # seconds; whoever looks up would sooner ask the model than wait
 IDLE_READERS = 8  # look-ups take microseconds: more are seldom under way at once
@@ -28,7 +29,7 @@ STEP = 256  # rows deleted at once, so that no transaction of ours keeps others 
 
 
 class Unusable(Exception):
-    """The file is not ours to use and is left as it is. str() says why."""
+    """The file is not to be used, and waiting will not change that. str() follows "the cache's file"."""
 
 
 class Row(NamedTuple):
@@ -60,6 +61,7 @@ class Counts:
     evictions: int = 0
 
     def add(self, other: Counts) -> None:
+        """Take another's counts in."""
         self.hits += other.hits
         self.misses += other.misses
         self.stores += other.stores
@@ -91,6 +93,7 @@ class Stats:
 
     @property
     def entries(self) -> int:
+        """All models' together."""
         return sum(model.entries for model in self.models.values())
 
     @property
@@ -174,6 +177,7 @@ class CacheFile:
             raise
 
     def close(self) -> None:
+        """Close the connection; what was written is in the file."""
         self._db.close()
 
     def is_in_place(self) -> bool:
@@ -214,9 +218,7 @@ class CacheFile:
                 values = (row_id, row.key, row.model, size, at, at, row.warning, is_packed, document)
                 db.execute(_INSERT, values)
                 totals.setdefault(row.model, Counts()).stores += 1
-            db.executemany(
-                _COUNT, [(name, c.hits, c.misses, c.stores, c.evictions) for name, c in totals.items()]
-            )
+            db.executemany(_COUNT, [(name, c.hits, c.misses, c.stores, c.evictions) for name, c in totals.items()])
 
     def purge(self, model: str | None = None, before: float | None = None) -> int:
         """Delete all rows, or those of `model`, or those stored before then (time.time()). Returns how
@@ -248,7 +250,8 @@ class CacheFile:
     def stats(self) -> Stats:
         """What the file holds, without reading its rows."""
         query = "SELECT name, entries, size, hits, misses, stores, evictions FROM models ORDER BY name"
-        models = {name: ModelStats(entries, size, Counts(*rest)) for name, entries, size, *rest in self._db.execute(query)}
+        rows = self._db.execute(query)
+        models = {name: ModelStats(entries, size, Counts(*rest)) for name, entries, size, *rest in rows}
         (oldest,) = self._db.execute("SELECT min(stored_at) FROM answers").fetchone()
         return Stats(models, _size_of(self._path) + _size_of(self._path + "-wal"), oldest)
 
@@ -286,18 +289,12 @@ class _transaction:  # noqa: N801 - used as a keyword would be
         return self._db
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        if kind is None:
-            try:
+        try:
+            if kind is None:
                 self._db.execute("COMMIT")
-                return
-            except BaseException:
-                self._roll_back()
-                raise
-        self._roll_back()
-
-    def _roll_back(self) -> None:
-        if self._db.in_transaction:  # after a full disk or an I/O error SQLite has rolled back by itself
-            self._db.execute("ROLLBACK")
+        finally:
+            if self._db.in_transaction:  # after a full disk or an I/O error SQLite has rolled back by itself
+                self._db.execute("ROLLBACK")
 
 
 def _make_private(path: str) -> None:
@@ -317,21 +314,23 @@ def _prepare(db: sqlite3.Connection) -> None:
     """Check that the file is ours, or make it so. The pragmas before WAL count for a new file only."""
     version = _pragma(db, "user_version")
     if version > len(MIGRATIONS):
-        raise Unusable(f"was written by a newer Portway (format {version}; this one knows {len(MIGRATIONS)})")
+        known = len(MIGRATIONS)
+        raise Unusable(f"was written by a newer Portway (format {version}; this one knows {known}) and is left alone")
     is_empty = _pragma(db, "schema_version") == 0
     if not is_empty and _pragma(db, "application_id") != APPLICATION_ID:
-        raise Unusable("is a database of another program")
+        raise Unusable("is a database of another program and is left alone")
     if is_empty:
+        db.execute(f"PRAGMA page_size = {PAGE}")
         db.execute("PRAGMA auto_vacuum = INCREMENTAL")
     db.execute("PRAGMA journal_mode = WAL").fetchone()
     db.execute("PRAGMA synchronous = NORMAL")  # in WAL mode: a crash loses nothing, a power cut the last moments
     db.execute(f"PRAGMA journal_size_limit = {WAL_LIMIT}").fetchone()
     if version < len(MIGRATIONS):
         with _transaction(db):
-            for number in range(_pragma(db, "user_version"), len(MIGRATIONS)):  # asked again: another may have been first
-                MIGRATIONS[number](db)
-                db.execute(f"PRAGMA application_id = {APPLICATION_ID}")
-                db.execute(f"PRAGMA user_version = {number + 1}")
+            for migrate in MIGRATIONS[_pragma(db, "user_version") :]:  # asked again: another may have been first
+                migrate(db)
+            db.execute(f"PRAGMA application_id = {APPLICATION_ID}")
+            db.execute(f"PRAGMA user_version = {len(MIGRATIONS)}")
 
 
 # --- looking up -----------------------------------------------------------------------------------
@@ -365,6 +364,7 @@ class Readers:
         return Found(model, stored_at, warning, zlib.decompress(document) if packed else document)
 
     def close(self) -> None:
+        """Close all connections; one that is in use is closed after its look-up."""
         with self._lock:
             idle, self._idle, self._closed = self._idle, [], True
         for db in idle:
@@ -389,7 +389,7 @@ def is_corrupt(error: Exception) -> bool:
 def describe(error: Exception) -> str:
     """The error in words that follow "the cache's file"."""
     if isinstance(error, Unusable):
-        return f"{error}; it is left alone"
+        return str(error)
     if isinstance(error, OSError):
         return f"can't be used: {error.strerror or type(error).__name__}"
     words = {

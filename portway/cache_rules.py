@@ -10,9 +10,7 @@ import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
-
-from portway.routing import parts
+from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from portway.call import Call, Served
@@ -81,15 +79,7 @@ def why_bypassed(call: Call, lifetime: float) -> str:
             return name
     if body.get("n") not in (None, 1):
         return "n"
-    if b"image_url" in call.raw and any(map(_is_remote, parts(body))):
-        return "remote image"  # what is behind the address may change
     return ""
-
-
-def _is_remote(part: Mapping[str, Any]) -> bool:
-    image = part.get("image_url")
-    url = image.get("url") if isinstance(image, dict) else image
-    return isinstance(url, str) and not url.startswith("data:")
 
 
 def request_key(call: Call, target: Model) -> bytes:
@@ -99,17 +89,12 @@ def request_key(call: Call, target: Model) -> bytes:
     here knows yet can't be forgotten. Of the configuration, whatever is added to a request counts.
     """
     backend = target.backend
+    serving = (backend.name, backend.kind, backend.url, target.model)
     injected = (target.num_ctx, target.think, target.params, target.max_tokens, target.merge_system)
     asked = {key: value for key, value in call.body.items() if key not in SHAPELESS}
-    return hashlib.sha256(
-        json.dumps(
-            (KEY_VERSION, call.endpoint, target.name, backend.name, backend.kind, backend.url, target.model)
-            + (injected, asked),
-            sort_keys=True,
-            separators=(",", ":"),
-            default=dict,  # params may be a read-only mapping
-        ).encode("ascii")
-    ).digest()
+    whole = (KEY_VERSION, call.endpoint, target.name, serving, injected, asked)
+    # default=dict: params may be a read-only mapping
+    return hashlib.sha256(json.dumps(whole, sort_keys=True, separators=(",", ":"), default=dict).encode()).digest()
 
 
 # --- whether to keep ------------------------------------------------------------------------------

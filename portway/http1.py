@@ -261,7 +261,12 @@ class Incoming:
         """Answer with `error`; at once, and then close, unless little of the body is left to be read."""
         self.refusal = self.refusal or error
         small = self.head.length is not None and self.head.length <= MAX_UNREAD
-        if not self.complete and not small:
+        if not small:
+            self.give_up()
+
+    def give_up(self) -> None:
+        """Wait for no more of the body: answer now, then close."""
+        if not self.complete:
             self.complete = self.poisoned = True
 
     def feed(self, data: bytes) -> bytes:

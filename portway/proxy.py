@@ -12,7 +12,6 @@ also sees its client leave and the moment for a heartbeat (`ClientWatch`).
 from __future__ import annotations
 
 import errno
-import hmac
 import os
 import select
 import selectors
@@ -39,6 +38,7 @@ from portway.backend_openai import OpenAIBackend
 from portway.catalogue import Catalogue
 from portway.config import ConfigError, ConfigWatcher
 from portway.errors import ClientError, ClientGone, PortwayError
+from portway.guards import Guards
 from portway.http1 import MAX_HEAD, BadMessage, Incoming, RequestHead, as_client_error, parse_request
 from portway.request import find_model, read_call
 from portway.routing import ChainExhausted, Cooling, Router
@@ -103,84 +103,6 @@ def route(method: str, path: str) -> tuple[str, str]:
     return name, rest
 
 
-# --- guards ---------------------------------------------------------------------------------------
-
-
-class Guards:
-    """Who may ask at all. A web page must not reach a model because its browser runs on this machine."""
-
-    def __init__(self, config: Config) -> None:
-        server = config.server
-        self._hosts = frozenset((server.host.lower(), *server.allowed_hosts))
-        self._origins = frozenset(server.allowed_origins)
-        self._keys = [key.encode() for key in server.api_keys]
-
-    def check(self, head: RequestHead) -> dict[str, str]:
-        """Raises ClientError if the request may not be served; else the CORS headers of its answer."""
-        headers = head.headers
-        if not self._is_own_host(headers.get("host", "")):
-            raise ClientError(
-                "The Host header names another machine (DNS rebinding?). If this name is right, "
-                "list it in server.allowed_hosts.",
-                status=403,
-                code="host_not_allowed",
-            )
-        cors = self._cors(headers)
-        if head.method == "POST" and not cors and not _is_json(headers) and _from_browser(headers):
-            raise ClientError("Send Content-Type: application/json.", status=415, code="unsupported_media_type")
-        return cors
-
-    def check_key(self, head: RequestHead) -> None:
-        """Raises ClientError 401 if keys are configured and the request brings none of them."""
-        if not self._keys:
-            return
-        scheme, _, key = head.headers.get("authorization", "").partition(" ")
-        given = key.strip().encode("latin-1") if scheme.lower() == "bearer" else b""
-        if not any([hmac.compare_digest(given, known) for known in self._keys]):  # a list: always all of them
-            raise ClientError(
-                "A valid API key is needed: send Authorization: Bearer with one of server.api_keys.",
-                status=401,
-                code="invalid_api_key",
-                headers={"WWW-Authenticate": "Bearer"},
-            )
-
-    def _is_own_host(self, host: str) -> bool:
-        name = host.lower()
-        name = name[: name.rfind("]") + 1] if name.startswith("[") else name.partition(":")[0]
-        return name in ("localhost", "127.0.0.1", "[::1]") or self._is_listed_host(name)
-
-    def _is_listed_host(self, name: str) -> bool:
-        if name.endswith(".localhost") or name.strip("[]") in self._hosts:
-            return True
-        return name.startswith("127.") and name.replace(".", "").isdigit() and name.count(".") == 3
-
-    def _cors(self, headers: Mapping[str, str]) -> dict[str, str]:
-        origin = headers.get("origin")
-        if origin is None:
-            if headers.get("sec-fetch-site", "none") in ("none", "same-origin"):
-                return {}
-        elif origin in self._origins:
-            return {"Access-Control-Allow-Origin": origin, "Vary": "Origin", "Access-Control-Expose-Headers": "*"}
-        elif origin.lower() == f"http://{headers.get('host', '')}".lower():
-            return {}
-        raise ClientError(
-            f"Web pages of {(origin or 'another site')[:128]!r} may not call this server; "
-            "to let them, list the origin in server.allowed_origins.",
-            status=403,
-            code="origin_not_allowed",
-        )
-
-
-def _is_json(headers: Mapping[str, str]) -> bool:
-    kind = headers.get("content-type", "").partition(";")[0].strip().lower()
-    return kind == "application/json" or kind.endswith("+json")
-
-
-def _from_browser(headers: Mapping[str, str]) -> bool:
-    """cron's `curl -d` sends a form's content type too, but neither of these."""
-    return "origin" in headers or any(name.startswith("sec-fetch-") for name in headers)
-
-
 # --- the relay ------------------------------------------------------------------------------------
 
 
@@ -188,7 +110,7 @@ class EventStream:
     """A streamed answer on its way to the client. Its head goes out with the first piece, or with the
     first heartbeat; then the facts that no header can carry any more travel in a chunk's `portway`."""
 
-    def __init__(self, handler: Handler, call: Call) -> None:
+    def __init__(self, handler: Handler) -> None:
         self.started = False
         self.ttft: float | None = None  # time.monotonic() of the first content
         self._handler = handler
@@ -292,6 +214,7 @@ class Handler(BaseHTTPRequestHandler):
         self.watch = ClientWatch(self.connection, self.read_ahead)
 
     def handle(self) -> None:
+        """Nothing has come yet."""
         self.server.park(self)
 
     def finish(self) -> None:
@@ -315,6 +238,7 @@ class Handler(BaseHTTPRequestHandler):
         self.close()
 
     def close(self) -> None:
+        """The connection's end, from our side."""
         self.server.forget(self)
         self.connection.close()
 
@@ -410,9 +334,11 @@ class Handler(BaseHTTPRequestHandler):
             incoming.cors = self.server.daemon.state.guards.check(incoming.head)
         except ClientError as exc:
             incoming.refuse(exc)
-        expect = incoming.head.headers.get("expect", "").lower()
-        if expect == "100-continue" and not incoming.refusal and not self._buffer and not incoming.complete:
-            self.send(b"HTTP/1.1 100 Continue\r\n\r\n")
+        if incoming.head.headers.get("expect", "").lower() == "100-continue" and not incoming.complete:
+            if incoming.refusal:
+                incoming.give_up()  # the client waits for a word before it sends its body
+            elif not self._buffer:
+                self.send(b"HTTP/1.1 100 Continue\r\n\r\n")
 
     # answering
 
@@ -457,12 +383,15 @@ class Handler(BaseHTTPRequestHandler):
         getattr(self, name)(rest if head.method != "POST" else incoming.body)
 
     def post_chat(self, raw: bytes) -> None:
+        """POST /v1/chat/completions."""
         self._complete("chat", raw)
 
     def post_completions(self, raw: bytes) -> None:
+        """POST /v1/completions."""
         self._complete("completions", raw)
 
     def post_embeddings(self, raw: bytes) -> None:
+        """POST /v1/embeddings."""
         self._complete("embeddings", raw)
 
     def _complete(self, endpoint: Endpoint, raw: bytes) -> None:
@@ -470,7 +399,7 @@ class Handler(BaseHTTPRequestHandler):
         state = self.server.daemon.state
         call = read_call(endpoint, raw, state.config)
         self._record.begin(call)
-        stream = self._stream = EventStream(self, call) if call.stream else None
+        stream = self._stream = EventStream(self) if call.stream else None
         self.watch.begin(state.config.server.heartbeat, stream.beat if stream else None)
         served = state.router.serve(call, self.watch, fallback=self._may_fall_back())
         self.watch.phase = "answer"
@@ -490,16 +419,19 @@ class Handler(BaseHTTPRequestHandler):
         return wish == "on"
 
     def get_models(self, _rest: str) -> None:
+        """GET /v1/models."""
         daemon = self.server.daemon
         daemon.state.catalogue.refresh_soon()
         cards = [daemon.card(model) for model in daemon.state.config.models.values()]
         self.respond(200, {}, dumps({"object": "list", "data": cards}))
 
     def get_model(self, name: str) -> None:
+        """GET /v1/models/{id}; an alias is one, too."""
         daemon = self.server.daemon
         self.respond(200, {}, dumps(daemon.card(find_model(name, daemon.state.config))))
 
     def get_health(self, _rest: str) -> None:
+        """GET /health."""
         self.respond(200, {}, dumps(self.server.daemon.health()))
 
     # writing
@@ -516,6 +448,7 @@ class Handler(BaseHTTPRequestHandler):
         self.send(head if self.head.method == "HEAD" else head + body)
 
     def head_bytes(self, status: int, headers: Mapping[str, str]) -> bytes:
+        """The head of the answer to the present request."""
         self._record.status = status
         lines = [self.server.status_line(status)]
         lines += [f"{name}: {value}\r\n" for name, value in headers.items()]
@@ -628,6 +561,7 @@ class Server(ThreadingHTTPServer):
         self._stopped.wait(5)
 
     def server_close(self) -> None:
+        """Close the listener and every connection that is left."""
         self.socket.close()
         for handler in list(self._open):
             handler.connection.close()
@@ -647,6 +581,7 @@ class Server(ThreadingHTTPServer):
         self.finish_request(request, client_address)
 
     def get_request(self) -> tuple[Any, Any]:
+        """Accept; when descriptors run out, at the cost of the connections that have been idle longest."""
         try:
             return super().get_request()
         except OSError as exc:
@@ -666,6 +601,7 @@ class Server(ThreadingHTTPServer):
 
     @property
     def connections(self) -> int:
+        """How many clients are connected."""
         return len(self._open)
 
     def status_line(self, status: int) -> str:
@@ -775,10 +711,12 @@ class Daemon:
 
     @property
     def port(self) -> int:
+        """Where it listens."""
         return int(self._server.server_address[1])
 
     @property
     def url(self) -> str:
+        """Its address without /v1."""
         host = self.state.config.server.host
         return f"http://{f'[{host}]' if ':' in host else host}:{self.port}"
 

@@ -11,6 +11,7 @@ from collections.abc import Iterable
 from itertools import chain
 from typing import TYPE_CHECKING, Any
 
+from portway.call import Usage
 from portway.wire import DONE, SSEReader, WireError, dumps, loads, sse
 
 if TYPE_CHECKING:
@@ -98,10 +99,14 @@ class _Assembly:
     def add(self, chunk: Any) -> None:
         if not isinstance(chunk, dict) or chunk.get("error"):
             raise WireError("a chunk is not part of an answer")
-        for choice in chunk.get("choices") or ():
-            if not isinstance(choice, dict):
-                raise WireError("a choice is not an object")
-            self._choices.setdefault(choice.get("index", 0), _Choice()).add(choice)
+        choices = chunk.get("choices") or []
+        if not isinstance(choices, list):
+            raise WireError("the choices are not a list")
+        for choice in choices:
+            index = choice.get("index", 0) if isinstance(choice, dict) else None
+            if not isinstance(index, int):
+                raise WireError("a choice is not what it should be")
+            self._choices.setdefault(index, _Choice()).add(choice)
         for key, value in chunk.items():
             if key not in _OWN and key != "choices" and value is not None:
                 self._top[key] = value
@@ -161,8 +166,7 @@ def _usage(tally: Tally) -> Json:
     prompt, completion = tally.prompt_tokens, tally.completion_tokens
     if prompt is None or completion is None:
         return {}
-    counts = {"prompt_tokens": prompt, "completion_tokens": completion, "total_tokens": prompt + completion}
-    return {"usage": counts}
+    return {"usage": Usage(prompt, completion).to_json()}
 
 
 # --- telling it again -----------------------------------------------------------------------------
@@ -203,9 +207,7 @@ def _chat_chunks(choice: Json) -> list[Json]:
     """Role, reasoning, text with its log probabilities, finish reason: a chunk each."""
     index, message, logprobs = choice.get("index", 0), choice.get("message") or {}, choice.get("logprobs")
     reasoning = {key: message[key] for key in _REASONING if message.get(key)}
-    said = {
-        key: value for key, value in message.items() if value and key != "role" and key not in _REASONING
-    }
+    said = {key: value for key, value in message.items() if value and key != "role" and key not in _REASONING}
     deltas: list[Json] = [{"role": message.get("role", "assistant"), "content": ""}]
     deltas += [delta for delta in (reasoning, said) if delta]
     parts = [{"index": index, "delta": delta, "finish_reason": None} for delta in deltas]

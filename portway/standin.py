@@ -213,11 +213,13 @@ class StandIn:
                 setattr(request, name, value)
             self._changed.notify_all()
 
-    def hang(self, wire: Wire) -> None:
+    def hang(self, request: Request, wire: Wire) -> None:
         """Wait for release(); raises ClientLeft or Stopped."""
         bell = Bell()
-        with self._changed:
+        with self._changed:  # at once, so that whoever sees the request hang can release it
             self._hanging.add(bell)
+            request.phase = "hang"
+            self._changed.notify_all()
         try:
             wire.wait(None, bell)
         finally:

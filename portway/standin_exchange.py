@@ -269,8 +269,7 @@ class Exchange:
     # --- the rest
 
     def _hang(self) -> None:
-        self._enter("hang")
-        self.standin.hang(self.wire)
+        self.standin.hang(self.request, self.wire)
 
     def _told_to(self, kind: str) -> float | None:
         """The seconds of the fault if it is of this kind."""

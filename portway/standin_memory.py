@@ -92,12 +92,12 @@ class Memory:
             self._expire()
             mine = [r for r in self._residents if r.owner == owner]
             found = next((r for r in mine if r.model.runner == model.runner), None)
-            if any(r.loading for r in mine):
+            if found is not None and found.loading:
                 return None
             if found is not None and (found.num_ctx, found.variant) == (num_ctx, variant):
                 return self._join(found, keep_alive, parallel)
-            if found is not None and found.users:
-                return None
+            if any(r.loading or (r is found and r.users) for r in mine):
+                return None  # one load at a time, and none of a model in use
             kept = KEEP_ALIVE if keep_alive is None else keep_alive
             fresh = Resident(owner, model, num_ctx, model.resident_bytes(num_ctx), kept, variant=variant)
             if not self._make_room(mine, found, fresh.size):

@@ -20,7 +20,7 @@ from urllib.parse import urlsplit
 
 from portway.standin_answers import Ask, StandInModel
 
-_UNITS = {"ns": 1e-9, "us": 1e-6, "µs": 1e-6, "μs": 1e-6, "ms": 1e-3, "s": 1.0, "m": 60.0, "h": 3600.0}
+_UNITS = {"ns": 1e-9, "us": 1e-6, "\u00b5s": 1e-6, "\u03bcs": 1e-6, "ms": 1e-3, "s": 1.0, "m": 60.0, "h": 3600.0}
 _LEVELS = ("high", "medium", "low", "max")
 _GO_NAMES = {dict: "object", list: "array", str: "string", bool: "bool", int: "number", float: "number"}
 _FOR_EVER = timedelta(seconds=9223372036)  # Go's longest duration, which "for ever" becomes
@@ -55,6 +55,7 @@ _EMBED = {"model": "string", "options": "map[string]interface {}", "truncate": "
 _SHOW = {"model": "string", "name": "string", "verbose": "bool"}
 _MESSAGE = {"role": "string", "content": "string", "thinking": "string", "tool_name": "string"}
 _INTEGER_OPTIONS = ("num_ctx", "num_batch", "num_gpu", "num_keep", "num_predict", "seed", "top_k", "repeat_last_n")
+_RUNNER_OPTIONS = ("num_batch", "num_gpu", "main_gpu", "use_mmap", "num_thread")
 _FLOAT_OPTIONS = ("temperature", "top_p", "min_p", "typical_p", "repeat_penalty", "presence_penalty")
 
 NUM_CTX = 4096  # tokens, where a request says nothing
@@ -360,8 +361,7 @@ def _options(body: Mapping[str, Any]) -> dict[str, Any]:
         number = isinstance(value, int | float) and not isinstance(value, bool)
         if name in _INTEGER_OPTIONS and not number:
             raise Refused(500, f'option "{name}" must be of type integer')
-        if name in _RUNNER_OPTIONS = ("num_batch", "num_gpu", "main_gpu", "use_mmap", "num_thread")
-_FLOAT_OPTIONS and not number:
+        if name in _FLOAT_OPTIONS and not number:
             raise Refused(500, f'option "{name}" must be of type float32')
         if name == "stop" and not isinstance(value, list):
             raise Refused(500, 'option "stop" must be of type array')

@@ -25,7 +25,10 @@ _ERASE_LINE = "\r\x1b[K"
 
 
 class Terminal:
-    """stdout and stderr of this process. `answers_shown`: stdout is a terminal, so a person reads along."""
+    """stdout and stderr of this process.
+
+    answers_shown: stdout is a terminal, so a person reads along. spins: wait() has something to show.
+    """
 
     def __init__(self, environ: Mapping[str, str]) -> None:
         obeys_escapes = environ.get("TERM", "dumb") != "dumb"
@@ -34,7 +37,7 @@ class Terminal:
         self._out_encoding = sys.stdout.encoding if self.answers_shown else "utf-8"
         self._err_encoding = sys.stderr.encoding if self._notes_shown else "utf-8"
         self._dims = self._notes_shown and obeys_escapes and not environ.get("NO_COLOR")
-        self._spins = self._notes_shown and obeys_escapes
+        self.spins = self._notes_shown and obeys_escapes
         self._started = monotonic()
         self._drawn_at = self._started + SPINNER_AFTER - SPINNER_EVERY
         self._drawn = 0
@@ -76,7 +79,7 @@ class Terminal:
     def wait(self, label: str) -> None:
         """Show that time passes, if it is time for that. Call it often."""
         now = monotonic()
-        if not self._spins or now - self._drawn_at < SPINNER_EVERY:
+        if not self.spins or now - self._drawn_at < SPINNER_EVERY:
             return
         pictures = _PICTURES if _is_unicode(self._err_encoding) else _ASCII_PICTURES
         picture = pictures[self._drawn % len(pictures)]
@@ -93,7 +96,7 @@ class Terminal:
     def _settle(self) -> None:
         """Text is about to take the place of the spinner, for good."""
         self.erase()
-        self._spins = False
+        self.spins = False
 
     def _write_note(self, text: str, *, at_start: bool | None = None) -> None:
         self._err_at_start = text.endswith("\n") or text == _ERASE_LINE if at_start is None else at_start

@@ -32,6 +32,8 @@ if TYPE_CHECKING:
 RECEIVE = 65_536  # bytes asked of one recv(); a local server's answer mostly comes in one
 MAX_PLAIN = 256 * 1024 * 1024  # bytes of one plain answer; a batch of embeddings can be large
 MAX_IDLE_AGE = 60.0  # seconds a pooled connection may lie unused
+REST = 0.05  # seconds after a stream within which a server that closes the connection has done so
+RESET_MS = 20  # how long a reset may lag behind the end of a connection
 SETTLE = 0.05  # seconds given to the closing bytes behind a whole answer
 KEEP_ALIVE_MARGIN = 1.0  # seconds before the end of `Keep-Alive: timeout=5` at which we stop trusting it
 
@@ -179,6 +181,7 @@ class Pool:
         self._idle: deque[_Connection] = deque()
         self._tls: ssl.SSLContext | None = None
         self._closed = False
+        self.keeps_streams = False  # whether the server has shown that it keeps a connection after a stream
 
     def exchange(self, request: bytes, limits: Limits, watch: Watch, patience: Patience) -> Reply:
         """Send one request and return once its answer's head is in.
@@ -200,10 +203,13 @@ class Pool:
             return Reply(connection, head, rest, watch, patience)
 
     def give_back(self, connection: _Connection) -> None:
-        if not self._closed and len(self._idle) < self._backend.max_idle:
-            self._idle.append(connection)
-        else:
+        """Keep it for the next request; one that must rest first behind those that need not."""
+        if self._closed or len(self._idle) >= self._backend.max_idle:
             connection.close()
+        elif connection.rests():
+            self._idle.appendleft(connection)
+        else:
+            self._idle.append(connection)
 
     def close(self) -> None:
         """Close the idle connections; those in use are closed as they come back."""
@@ -217,7 +223,13 @@ class Pool:
                 connection = self._idle.pop()
             except IndexError:
                 return None
-            if connection.is_usable():
+            if connection.rests():
+                self._idle.append(connection)
+                return None
+            usable = connection.is_usable()
+            if connection.streamed:
+                self.keeps_streams = usable
+            if usable:
                 return connection
             connection.close()
 
@@ -326,13 +338,20 @@ class _Stale(Exception):
 
 
 class _Connection:
-    __slots__ = ("_pool", "_reused", "_sock", "_usable_until")
+    __slots__ = ("_pool", "_rests_until", "_reused", "_sock", "_usable_until", "streamed")
 
     def __init__(self, pool: Pool, sock: socket.socket) -> None:
         self._pool = pool
         self._sock = sock
         self._reused = False
         self._usable_until = 0.0
+        self._rests_until = 0.0
+        self.streamed = False  # its last answer was a stream
+
+    def rests(self) -> bool:
+        """Whether it is too soon to tell if the server keeps it. llama-server promises to, behind a
+        stream, and then closes; a request that meets that end is read and dropped without an answer."""
+        return self._rests_until > time.monotonic()
 
     def is_usable(self) -> bool:
         """Whether the server still keeps this idle connection open: nothing is there to be read."""
@@ -358,8 +377,8 @@ class _Connection:
                 raise _Stale from exc
             raise self._lost(exc) from exc
         if not data:
-            if self._reused and self._sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR):
-                raise _Stale  # the reset came behind the end that we have just read
+            if self._reused and self._is_reset():
+                raise _Stale
             raise BackendError("connection_lost", "the connection was closed before an answer")
         return self._read_head(data, watch, patience)
 
@@ -379,13 +398,23 @@ class _Connection:
                     continue
                 raise _Reset(str(exc.strerror or exc)) from exc
 
+    def _is_reset(self) -> bool:
+        """Whether a reset follows, or soon follows, the end that was just read: the server had closed
+        before our request reached it."""
+        poller = select.poll()
+        poller.register(self._sock, 0)  # errors are reported unasked
+        return bool(poller.poll(RESET_MS))
+
     def release(self, head: ResponseHead) -> None:
         """Lay it in the pool, for as long as the server says that it keeps it."""
         seconds = MAX_IDLE_AGE
         keep_alive = head.headers.get("keep-alive")
         if keep_alive is not None:
             seconds = min(seconds, _keep_alive_timeout(keep_alive) - KEEP_ALIVE_MARGIN)
-        self._usable_until = time.monotonic() + seconds
+        now = time.monotonic()
+        self._usable_until = now + seconds
+        self.streamed = "event-stream" in head.headers.get("content-type", "")
+        self._rests_until = now + REST if self.streamed and not self._pool.keeps_streams else 0.0
         self._reused = True
         self._pool.give_back(self)
 

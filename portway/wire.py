@@ -141,13 +141,13 @@ class SSEReader:
         if rest:
             if b"\n\n" not in data and not (data[:1] == b"\n" and rest[-1:] == b"\n"):
                 rest += data  # append only: one huge event must not be copied at every feed
-                _bound(len(rest), self._limit)
+                _bound(len(rest) - rest.endswith(b"\n"), self._limit)  # that \n may be half of the end
                 return []
             data = bytes(rest) + data
             rest.clear()
         *frames, tail = data.split(b"\n\n")
         if len(data) > self._limit:
-            _bound(max(map(len, (*frames, tail))), self._limit)
+            _bound(max(len(tail) - tail.endswith(b"\n"), *map(len, frames), 0), self._limit)
         rest += tail
         events = []
         for frame in frames:

@@ -58,6 +58,15 @@ class Daemon(_Running):
     def __exit__(self, *_: object) -> None:
         self._daemon.stop(drain=1.0)
 
+    def use(self, toml: str) -> None:
+        """Reload with this configuration."""
+        self._daemon.use(config.parse(toml, "models.toml", {}))
+
+    @property
+    def parked(self) -> dict[int, proxy.Handler]:
+        """The connections that have no thread now."""
+        return self._daemon._server._parked
+
 
 class DaemonProcess(_Running):
     """`portway serve` as a process of its own, isolated as a service would run it.

@@ -179,7 +179,7 @@ class LlamaServer:
             return False
         self.port = int(listening[1])
         try:
-            return self.get("/health") == {"status": "ok"}
+            return bool(self.get("/health")["status"] == "ok")
         except urllib.error.HTTPError as exc:  # 503 while it loads
             exc.close()
             return False

@@ -83,7 +83,8 @@ def stream(client: RawClient, model: str = "local", *, until_content: bool = Fal
     client.request("POST", CHAT, body(model, CHAT, {"stream": True, **fields}))
     streamed = Streamed(client.head())
     if streamed.head.status != 200:
-        raise AssertionError(f"the stream began with {streamed.head.status} {streamed.head.reason}")
+        said = b"".join(client.pieces(streamed.head))
+        raise AssertionError(f"the stream began with {streamed.head.status}: {said!r}")
     for event in client.events(streamed.head):
         if event.data == "[DONE]":
             streamed.ended = True
@@ -145,7 +146,7 @@ class ChatTest(Served):
 
     def test_parameters_reach_the_server(self) -> None:
         """With the same parameters the daemon's answer is, word for word, the server's own."""
-        fields = {"seed": 7, "temperature": 1.5, "stop": [" bridge"], "max_tokens": 40}
+        fields: dict[str, Any] = {"seed": 7, "temperature": 1.5, "stop": [" bridge"], "max_tokens": 40}
         own = self.server.post(CHAT, body("tiny", CHAT, fields))
         through = self.good(ask(self.client, **fields))
         self.assertEqual(own["choices"][0]["message"]["content"], through["choices"][0]["message"]["content"])

@@ -18,7 +18,7 @@ from typing import Any
 from portway import standin_answers as answers
 from portway import standin_faults as faults
 from portway import standin_protocol as protocol
-from portway.standin import Fault, StandIn, StandInModel, parse_failure, parse_model, parse_size
+from portway.standin import Fault, Request, StandIn, StandInModel, parse_failure, parse_model, parse_size
 from portway.standin_memory import Memory, Resident
 from portway.standin_wire import Bell
 from tests.doubles import (
@@ -27,6 +27,7 @@ from tests.doubles import (
     HANG,
     LAST_CHUNK,
     RESET,
+    Action,
     Bytewise,
     OnAccept,
     RawClient,
@@ -44,6 +45,8 @@ MODELS = (
     StandInModel("plain", 3_000, ("completion",), 2048),
     StandInModel("chops", 1_000, ("completion",), 2048, chops=True),
     StandInModel("embed", 500, ("embedding",), 512),
+    StandInModel("native", 2_000, ("completion", "tools"), 2048, native=True),
+    StandInModel("twin", 6_000, ("completion",), 4096, kv_bytes_per_token=1, blob="all:9b"),
 )
 WEATHER = {
     "type": "function",
@@ -91,6 +94,14 @@ class StandInCase(unittest.TestCase):
     def chat(self, body: dict[str, Any], path: str = "/api/chat") -> RawResponse:
         return self.client.call("POST", path, body)
 
+    def send_and_wait(self, client: RawClient, body: dict[str, Any], phase: str) -> Request:
+        """Send a request and wait until the stand-in has it in this phase."""
+        before = len(self.standin.requests)
+        client.request("POST", "/api/chat", body)
+        arrived = self.standin.wait_for(lambda s: any(r.phase == phase for r in s.requests[before:]))
+        self.assertTrue(arrived, phase)
+        return self.standin.requests[before]
+
     def assert_error(self, status: int, message: str, body: Any, path: str = "/api/chat") -> None:
         response = self.chat(body, path)
         self.assertEqual((status, {"error": message}), (response.status, response.json))
@@ -119,7 +130,8 @@ class Answers(StandInCase):
     def test_tags_ps_and_show_describe_the_models(self):
         """The three lists have Ollama's fields, and asking loads nothing."""
         tags = self.client.call("GET", "/api/tags").json["models"]
-        self.assertEqual(["all:9b", "plain:latest", "chops:latest", "embed:latest"], [m["name"] for m in tags])
+        names = ["all:9b", "plain:latest", "chops:latest", "embed:latest", "native:latest", "twin:latest"]
+        self.assertEqual(names, [model["name"] for model in tags])
         self.assertEqual((6_000, 4096), (tags[0]["size"], tags[0]["details"]["context_length"]))
         shown = self.chat({"model": "all:9b"}, "/api/show").json
         self.assertIn("thinking", shown["capabilities"])
@@ -136,7 +148,7 @@ class Answers(StandInCase):
         self.assertEqual([False] * (len(parts) - 1) + [True], [part["done"] for part in parts])
         self.assertEqual("stop", parts[-1]["done_reason"])
         self.assertEqual(whole.json["prompt_eval_count"], parts[-1]["prompt_eval_count"])
-        self.assertEqual(len(parts) - 1, parts[-1]["eval_count"])
+        self.assertEqual(len(parts), parts[-1]["eval_count"])  # its end is a token, too
 
     def test_the_prompt_count_grows_with_the_turns(self):
         """One turn and five differ visibly, in the count and in what the answer says of itself."""
@@ -204,6 +216,8 @@ class Answers(StandInCase):
         """/api/generate answers in `response`, and with a suffix fills the gap."""
         plain = self.chat({"model": "plain", "prompt": "hello", "stream": False}, "/api/generate").json
         self.assertIn('"hello"', plain["response"])
+        whole = self.chat({"model": "plain", "prompt": "hello", "stream": False}, "/api/generate").json
+        self.assertEqual(whole["prompt_eval_count"] + whole["eval_count"], len(whole["context"]))
         filled = self.chat({**say(), "prompt": "def f():", "suffix": "pass", "stream": True}, "/api/generate")
         self.assertIn("filled in", "".join(part["response"] for part in lines(filled)))
 
@@ -284,21 +298,61 @@ class Refusals(StandInCase):
         """What dropping messages can't mend is shifted out; some models do so even when told not to."""
         words = "word " * 5000
         chopped = self.chat(say(words, model="chops", truncate=False, options={"num_ctx": 2048})).json
-        self.assertEqual(1026, chopped["prompt_eval_count"])
+        self.assertEqual(1027, chopped["prompt_eval_count"])
+        self.assertEqual(
+            1027, self.chat(say(words, model="plain", options={"num_ctx": 2048})).json["prompt_eval_count"]
+        )
+        self.assertIn("exceed_context_size_error", self.chat(say(words, model="native")).json["error"])
 
     def test_embed_refuses_or_cuts_what_is_too_long(self):
         """truncate false is a 400, else the input is cut at the context."""
         body = {"model": "embed", "input": "word " * 600, "options": {"num_ctx": 512}}
         self.assert_error(400, "the input length exceeds the context length", {**body, "truncate": False}, "/api/embed")
-        self.assertEqual(512, self.chat(body, "/api/embed").json["prompt_eval_count"])
+        self.assertEqual(511, self.chat(body, "/api/embed").json["prompt_eval_count"])
+
+    def test_a_native_template_shows_on_the_wire(self):
+        """Tool calls on the last line, plain text for format json, a schema for every tool, no logprobs beside."""
+        (only,) = lines(self.chat(say("get_weather", model="native", tools=[WEATHER], stream=True)))
+        self.assertEqual([True, 1], [only["done"], len(only["message"]["tool_calls"])])
+        self.assertRegex(only["message"]["tool_calls"][0]["id"], "^[0-9a-z]{32}$")
+        text = self.chat(say(model="native", format="json")).json["message"]["content"]
+        self.assertFalse(text.startswith("{"))
+        for status, cause, body in (
+            (400, "Unrecognized schema", say(model="native", tools=[TIME])),
+            (500, "Unsupported tool type", say(model="native", tools=[{"function": TIME["function"]}])),
+            (400, "logprobs is not supported", say(model="native", tools=[WEATHER], logprobs=True)),
+        ):
+            refused = self.chat(body)
+            self.assertEqual(status, refused.status)
+            self.assertIn(cause, json.loads(refused.json["error"])["error"]["message"])
+        (tags,) = [m for m in self.client.call("GET", "/api/tags").json["models"] if m["name"] == "native:latest"]
+        self.assertEqual(["completion"], tags["capabilities"])
+
+    def test_blind_and_other_models_refuse_when_the_answer_would_begin(self):
+        """Images without vision and vectors without embedding are the runner's refusal, streams included."""
+        image = [{**user("what is this"), "images": ["aGk="]}]
+        for model, status, cause in (("plain", 400, "multimodal"), ("native", 500, "mmproj")):
+            refused = self.chat(say(model=model, messages=image, stream=True))
+            self.assertEqual((status, "application/json"), (refused.status, refused.header("Content-Type")))
+            self.assertEqual("chunked", refused.header("Transfer-Encoding"))
+            self.assertIn(cause, refused.json["error"])
+        text = "This server does not support embeddings. Start it with `--embeddings`"
+        self.assert_error(501, text, {"model": "plain", "input": "x"}, "/api/embed")
+
+    def test_foreign_hosts_and_pages_are_turned_away(self):
+        """A Host or Origin that isn't local is 403 with no body, whatever is asked."""
+        for headers in ({"Host": "evil.example"}, {"Origin": "http://evil.example"}, {"Origin": "null"}):
+            refused = self.client.call("GET", "/api/version", headers=headers)
+            self.assertEqual((403, b""), (refused.status, refused.body))
+        local = {"Host": "localhost:1", "Origin": "http://127.0.0.1:3000"}
+        self.assertEqual(200, self.client.call("GET", "/api/version", headers=local).status)
 
     def test_a_full_queue_is_503(self):
         """Beyond max_queue requests that wait for a load Ollama says that it is busy."""
         self.standin.max_queue = 0
         self.standin.fail("all:9b", Fault("slow_load", seconds=60.0))
         with RawClient(self.standin.url) as first:
-            first.request("POST", "/api/chat", say())
-            self.assertTrue(self.standin.wait_for(lambda s: any(r.phase == "load" for r in s.requests)))
+            self.send_and_wait(first, say(), "load")
             self.assert_error(503, protocol.BUSY, say(model="plain"))
 
 
@@ -321,13 +375,22 @@ class Residency(StandInCase):
         self.assertEqual("unload", self.chat({**body, "keep_alive": 0}).json["done_reason"])
         self.assertEqual({}, self.ps())
 
-    def test_another_num_ctx_reloads_and_none_does_not(self):
-        """num_ctx belongs to the loaded model; a request without it takes what there is."""
+    def test_another_num_ctx_reloads(self):
+        """num_ctx belongs to the loaded model, and not to give one means the default."""
         for options in ({"num_ctx": 1024}, {}, {"num_ctx": 2048}, {"num_ctx": 999_999}):
             self.chat(say(options=options))
         stats = self.standin.memory.stats()
-        self.assertEqual((3, 2, 2), (stats.loads, stats.unloads, stats.reloads))
+        self.assertEqual((4, 3, 3), (stats.loads, stats.unloads, stats.reloads))
         self.assertEqual(4096, self.ps()["all:9b"]["context_length"])
+
+    def test_what_a_loaded_model_is_bound_to(self):
+        """shift reloads it like num_ctx, and a model of the same blob shares it."""
+        self.chat(say())
+        self.chat(say(model="twin"))
+        self.assertEqual(1, self.standin.memory.stats().loads)
+        self.assertEqual({"all:9b"}, set(self.ps()))
+        self.chat(say(shift=False))
+        self.assertEqual(1, self.standin.memory.stats().reloads)
 
     def test_the_shortest_keep_alive_makes_room(self):
         """What does not fit beside the others evicts as Ollama does, and the budget holds."""
@@ -350,7 +413,7 @@ class MemoryAlone(unittest.TestCase):
         self.big, self.small = StandInModel("big", 7), StandInModel("small", 5)
 
     def load(self, memory: Memory, model: StandInModel, keep_alive: float | None = None, owner: str = "a") -> Resident:
-        resident = memory.claim(owner, model, None, keep_alive, None)
+        resident = memory.claim(owner, model, 8, keep_alive)
         assert resident is not None
         if resident.loading:
             memory.loaded(resident)
@@ -390,23 +453,24 @@ class MemoryAlone(unittest.TestCase):
         self.addCleanup(bell.close)
         memory.watch(bell)
         in_use = self.load(memory, self.big)
-        self.assertIsNone(memory.claim("a", self.small, None, None, None))
-        self.assertIsNone(memory.claim("a", self.big, in_use.num_ctx + 1, None, None))
+        self.assertIsNone(memory.claim("a", self.small, 8))
+        self.assertIsNone(memory.claim("a", self.big, in_use.num_ctx + 1))
         bell.silence()
         memory.release(in_use)
         self.assertTrue(os.read(bell.fileno(), 1))
-        self.assertIsNotNone(memory.claim("a", self.small, None, None, None))
+        self.assertIsNotNone(memory.claim("a", self.small, 8))
         self.assertEqual(0, memory.stats().overcommits)
 
     def test_a_load_is_joined_not_repeated(self):
         """While a model loads, nobody else gets one; afterwards as many as `parallel` allows."""
         memory = Memory()
-        loader = memory.claim("a", self.big, None, None, 2)
+        loader = memory.claim("a", self.big, 8, parallel=2)
         assert loader is not None
-        self.assertIsNone(memory.claim("a", self.big, None, None, 2))
+        self.assertIsNone(memory.claim("a", self.big, 8, parallel=2))
+        self.assertIsNone(memory.claim("a", self.small, 8))
         memory.loaded(loader)
-        self.assertIs(loader, memory.claim("a", self.big, None, None, 2))
-        self.assertIsNone(memory.claim("a", self.big, None, None, 2))
+        self.assertIs(loader, memory.claim("a", self.big, 8, parallel=2))
+        self.assertIsNone(memory.claim("a", self.big, 8, parallel=2))
         self.assertEqual(1, memory.stats().loads)
 
 
@@ -468,7 +532,7 @@ class Faults(StandInCase):
         """The same kinds spoil the one body of stream: false."""
         expected: dict[str, Callable[[Any], bool]] = {
             "error_line": lambda got: got[0] == 500,
-            "eof": lambda got: got[2] and not got[1].endswith(b"}"),
+            "eof": lambda got: json.loads(got[1])["done"] is False,
             "half_line": lambda got: got[2] and not got[1].endswith(b"}"),
             "bad_line": lambda got: got[2] and got[1].endswith(b"oops"),
             "half_utf8": lambda got: not got[2] and got[1].endswith(b"\xc3"),
@@ -491,8 +555,7 @@ class Faults(StandInCase):
         ):
             with self.subTest(kind), RawClient(self.standin.url) as client:
                 self.standin.fail("all:9b", kind)
-                client.request("POST", "/api/chat", say(stream=True))
-                self.assertTrue(self.standin.wait_for(lambda s: s.requests[-1].phase == "hang"))
+                self.send_and_wait(client, say(stream=True), "hang")
                 pieces = []
                 head = None
                 if before is not None:
@@ -562,7 +625,7 @@ class Watching(StandInCase):
         """Method, path, headers, bytes, JSON and the connection, for Content-Length and chunked bodies."""
         raw = json.dumps(say()).encode()
         self.client.call("POST", "/api/chat?x=1", raw, {"X-Case": "Kept"})
-        self.client.send(b"POST /api/chat HTTP/1.1\r\nHost: h\r\nTransfer-Encoding: chunked\r\n\r\n")
+        self.client.send(b"POST /api/chat HTTP/1.1\r\nHost: localhost\r\nTransfer-Encoding: chunked\r\n\r\n")
         self.client.send(chunk(raw[:10]) + chunk(raw[10:]) + LAST_CHUNK)
         self.assertEqual(200, self.client.response().status)
         with RawClient(self.standin.url) as other:
@@ -573,14 +636,12 @@ class Watching(StandInCase):
         self.assertEqual(raw, second.body)
         self.assertEqual([0, 0, 1], [first.connection, second.connection, third.connection])
 
-    def assert_left(self, phase: str, leave: Callable[[RawClient], None], body: dict[str, Any], until: str) -> None:
+    def assert_left(self, phase: str, leave: Callable[[RawClient], None], body: dict[str, Any]) -> None:
         with RawClient(self.standin.url) as client:
-            client.request("POST", "/api/chat", body)
-            self.assertTrue(self.standin.wait_for(lambda s: s.requests[-1].phase == until))
+            request = self.send_and_wait(client, body, phase)
             left_at = time.monotonic()
             leave(client)
-            self.assertTrue(self.standin.wait_for(lambda s: s.requests[-1].left))
-            request = self.standin.requests[-1]
+            self.assertTrue(self.standin.wait_for(lambda _: request.left))
             self.assertEqual(phase, request.phase)
             assert request.ended is not None
             self.assertLess(request.ended - left_at, 0.5)
@@ -598,17 +659,16 @@ class Watching(StandInCase):
                 with self.subTest(phase, how=leave.__name__, stream=stream):
                     self.chat(say(messages=[], keep_alive=0))
                     self.standin.fail("all:9b", Fault(kind, seconds=30.0))
-                    self.assert_left(phase, leave, say(stream=stream), phase)
+                    self.assert_left(phase, leave, say(stream=stream))
         self.standin.first_token_delay = 30.0
-        self.assert_left("prompt", RawClient.close, say(), "prompt")
+        self.assert_left("prompt", RawClient.close, say())
 
     def test_a_client_that_leaves_the_queue_is_seen(self):
         """A request that waits for another's load notices too, and gives its place back."""
         self.standin.fail("all:9b", Fault("slow_load", seconds=30.0))
         with RawClient(self.standin.url) as first:
-            first.request("POST", "/api/chat", say())
-            self.assertTrue(self.standin.wait_for(lambda s: any(r.phase == "load" for r in s.requests)))
-            self.assert_left("queue", RawClient.close, say(model="plain"), "queue")
+            self.send_and_wait(first, say(), "load")
+            self.assert_left("queue", RawClient.close, say(model="plain"))
         self.assertTrue(self.standin.wait_for(lambda s: s.in_flight == 0))
         self.assertEqual(0, self.standin.memory.stats().resident)
 
@@ -729,7 +789,7 @@ class Doubles(unittest.TestCase):
     def test_a_script_is_played_step_by_step(self):
         """Bytes, pieces between events, and single bytes reach the client as they are."""
         gate = threading.Event()
-        parts = [stream_head(), chunk(b"data: 1\n\n"), gate, chunk(b": later\n"), LAST_CHUNK]
+        parts: list[Action] = [stream_head(), chunk(b"data: 1\n\n"), gate, chunk(b": later\n"), LAST_CHUNK]
         with ScriptedServer([json_reply({"a": 1}), parts, [Bytewise(json_reply([1]))]]) as server:
             with RawClient(server.url) as client:
                 self.assertEqual({"a": 1}, client.call("POST", "/x", {"q": 1}).json)
@@ -763,8 +823,8 @@ class Doubles(unittest.TestCase):
                 with RawClient(server.url) as client:
                     client.request("GET", "/")
                     self.assertRaises(error, client.response)
-            with RawClient(server.url) as client:
-                self.assertRaises(ConnectionResetError, client.sock.recv, 1)
+            with self.assertRaises(ConnectionResetError), RawClient(server.url) as client:  # it may come that early
+                client.sock.recv(1)
 
     def test_a_leaving_peer_is_timed_while_a_step_hangs(self):
         """HANG ends when the peer goes, at once, and release() lets it go on."""

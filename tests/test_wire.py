@@ -3,6 +3,8 @@
 import json
 import sys
 import unittest
+from collections.abc import Iterator
+from types import FrameType
 
 from portway.errors import ClientError
 from portway.wire import DONE, MAX_DEPTH, NDJSONReader, SSEReader, WireError, dumps, loads, loads_object, sse
@@ -10,7 +12,7 @@ from portway.wire import DONE, MAX_DEPTH, NDJSONReader, SSEReader, WireError, du
 BOM = b"\xef\xbb\xbf"
 
 
-def fed(reader, pieces):
+def fed(reader: SSEReader | NDJSONReader, pieces: list[bytes]) -> tuple[list[bytes], bytes | str | None]:
     """All events of `pieces`, then what finish() returns or "cut"."""
     events = [event for piece in pieces for event in reader.feed(piece)]
     try:
@@ -19,7 +21,7 @@ def fed(reader, pieces):
         return events, "cut"
 
 
-def cuts(data):
+def cuts(data: bytes) -> Iterator[list[bytes]]:
     """`data` whole, byte by byte, cut in two at every position, and in three around it."""
     yield [data]
     yield [data[i : i + 1] for i in range(len(data))]
@@ -29,7 +31,7 @@ def cuts(data):
 
 
 class Objects(unittest.TestCase):
-    def refused(self, data):
+    def refused(self, data: bytes) -> str:
         with self.assertRaises(ClientError) as caught:
             loads_object(data)
         self.assertEqual(caught.exception.status, 400)
@@ -142,7 +144,7 @@ class Events(unittest.TestCase):
                     self.assertEqual(fed(SSEReader(), pieces), (events, end))
 
     def test_an_event_is_given_as_soon_as_its_blank_line_is_in(self):
-        """Nothing is held back until the next read, also with \\r, where \\n may still follow."""
+        """Nothing is held back until the next read, also after a CR that an LF may follow."""
         for end in (b"\n\n", b"\r\n\r\n", b"\r\r"):
             reader = SSEReader()
             blank = b"\r\n\r" if end == b"\r\n\r\n" else end
@@ -210,11 +212,13 @@ class Lines(unittest.TestCase):
 class Cost(unittest.TestCase):
     def test_work_grows_with_the_input_alone(self):
         """A large event that comes in small pieces is not copied at each of them."""
-        for reader, begin, end in ((SSEReader(), b"data: ", b"\n\n"), (NDJSONReader(), b"", b"\n")):
+        readers: list[tuple[SSEReader | NDJSONReader, bytes, bytes]]
+        readers = [(SSEReader(), b"data: ", b"\n\n"), (NDJSONReader(), b"", b"\n")]
+        for reader, begin, end in readers:
             events = reader.feed(begin)
             calls = 0
 
-            def count(_frame, event, _arg):
+            def count(_frame: FrameType, event: str, _arg: object) -> None:
                 nonlocal calls
                 calls += event == "c_call"
 

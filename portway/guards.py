@@ -1,0 +1,111 @@
+"""Who may ask at all: the Host, Origin and key of a request's head. Pure.
+
+Portway listens on a laptop on which a browser runs. Any page that it shows can send requests to
+127.0.0.1, and by DNS rebinding can even have them look like its own; keys alone do not help where
+none are configured. So a name that is not ours, and a page that was not listed, is refused before
+anything else is looked at.
+"""
+
+from __future__ import annotations
+
+import hmac
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+from portway.errors import ClientError
+
+if TYPE_CHECKING:
+    from portway.config import Config
+    from portway.http1 import RequestHead
+
+
+class Guards:
+    """Who may ask at all. A web page must not reach a model because its browser runs on this machine."""
+
+    def __init__(self, config: Config) -> None:
+        server = config.server
+        self._hosts = frozenset((server.host.lower(), *server.allowed_hosts))
+        self._anywhere = server.host.lower() not in _LOOPBACK  # then other machines may use an address of ours
+        self._origins = frozenset(server.allowed_origins)
+        self._keys = [key.encode() for key in server.api_keys]
+
+    def check(self, head: RequestHead) -> dict[str, str]:
+        """Raises ClientError if the request may not be served; else the CORS headers of its answer."""
+        headers = head.headers
+        if not self._is_own_host(headers.get("host", "")):
+            raise ClientError(
+                "The Host header names another machine (DNS rebinding?). If this name is right, "
+                "list it in server.allowed_hosts.",
+                status=403,
+                code="host_not_allowed",
+            )
+        cors = self._cors(headers)
+        if head.method == "POST" and not cors and not _is_json(headers) and _from_browser(headers):
+            raise ClientError("Send Content-Type: application/json.", status=415, code="unsupported_media_type")
+        return cors
+
+    def check_key(self, head: RequestHead) -> None:
+        """Raises ClientError 401 if keys are configured and the request brings none of them."""
+        if not self._keys:
+            return
+        scheme, _, key = head.headers.get("authorization", "").partition(" ")
+        given = key.strip().encode("latin-1") if scheme.lower() == "bearer" else b""
+        if sum(hmac.compare_digest(given, known) for known in self._keys) == 0:  # a sum looks at all of them
+            raise ClientError(
+                "A valid API key is needed: send Authorization: Bearer with one of server.api_keys.",
+                status=401,
+                code="invalid_api_key",
+                headers={"WWW-Authenticate": "Bearer"},
+            )
+
+    def _is_own_host(self, host: str) -> bool:
+        """Whether no name server could have led a browser here by this name."""
+        name, port = _split_port(host.lower())
+        if port and not (port[0] == ":" and port[1:].isdigit()):
+            return False
+        if name in _LOOPBACK or name.endswith(".localhost") or name in self._hosts:
+            return True
+        return _is_address(name) and (self._anywhere or name.startswith("127."))
+
+    def _cors(self, headers: Mapping[str, str]) -> dict[str, str]:
+        origin = headers.get("origin")
+        if origin is None:
+            if headers.get("sec-fetch-site", "none") in ("none", "same-origin"):
+                return {}
+        elif origin in self._origins:
+            return {"Access-Control-Allow-Origin": origin, "Vary": "Origin", "Access-Control-Expose-Headers": "*"}
+        elif origin.lower() == f"http://{headers.get('host', '')}".lower():
+            return {}
+        raise ClientError(
+            f"Web pages of {(origin or 'another site')[:128]!r} may not call this server; "
+            "to let them, list the origin in server.allowed_origins.",
+            status=403,
+            code="origin_not_allowed",
+        )
+
+
+_LOOPBACK = ("localhost", "127.0.0.1", "::1")
+
+
+def _split_port(host: str) -> tuple[str, str]:
+    """(name or address without brackets, what stands behind it: "" or ":" and a port)."""
+    if host.startswith("["):
+        address, bracket, rest = host[1:].partition("]")
+        return address if ":" in address and bracket else "", rest
+    name, colon, port = host.partition(":")
+    return name, colon + port
+
+
+def _is_address(name: str) -> bool:
+    """Whether it is an IP literal: those can't be rebound, as no name is looked up."""
+    return ":" in name or (name.count(".") == 3 and name.replace(".", "").isdigit())
+
+
+def _is_json(headers: Mapping[str, str]) -> bool:
+    kind = headers.get("content-type", "").partition(";")[0].strip().lower()
+    return kind == "application/json" or kind.endswith("+json")
+
+
+def _from_browser(headers: Mapping[str, str]) -> bool:
+    """cron's `curl -d` sends a form's content type too, but neither of these."""
+    return "origin" in headers or any(name.startswith("sec-fetch-") for name in headers)

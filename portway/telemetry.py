@@ -1,0 +1,652 @@
+"""The log: one JSON line per request, written beside the request path and never in its way.
+
+A request fills a `Record` and hands it to `Log.record`, which costs a place in a bounded queue. One
+thread does the rest: hashes the prompt, makes the line, appends whole lines to the file. Several
+processes may write the same file (`LogFile`). What the file refuses becomes `problem` and is tried
+again; what does not fit the queue meanwhile is dropped and counted.
+
+No line holds text of a prompt or an answer, a key or an error's message (servers quote prompts in
+theirs). What the lines say all together is stats.py's business. Nothing here knows HTTP or sockets.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import hashlib
+import ipaddress
+import json
+import math
+import os
+import re
+import stat
+import sys
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from portway.call import Attempt, Call, Served
+    from portway.errors import PortwayError
+
+MAX_BYTES = 32 * 1024 * 1024  # of the file before it is rotated: some 50,000 lines
+KEEP = 5  # rotated files; they compress to about a tenth
+MAX_WAITING = 10_000  # records in the queue; a writer that is stuck for long costs lines, never memory
+MAX_WAITING_BYTES = 32 * 1024 * 1024  # of their request bodies; beyond it a line goes without its prompt_hash
+MAX_BATCH = 512  # lines in one write
+GATHER = 0.05  # seconds the writer lets lines gather: it wakes 20 times a second at most, however many there are
+BREATHE = 16  # lines after which the writer offers the interpreter to the threads that answer
+RETRY_AFTER = 1.0  # seconds until a file that refused is tried again; doubled up to ...
+RETRY_AT_MOST = 30.0
+MAX_NAME = 128  # characters of a text that comes from outside
+CLIENT_CLOSED = 499  # nginx's status for a client that left before it had an answer
+
+
+def log_path(environ: Mapping[str, str]) -> str:
+    """${XDG_DATA_HOME:-~/.local/share}/portway/log.jsonl"""
+    base = environ.get("XDG_DATA_HOME", "")
+    if not os.path.isabs(base):  # unset, empty or relative: to be ignored, says the XDG specification
+        base = os.path.join(environ.get("HOME") or os.path.expanduser("~"), ".local", "share")
+    return os.path.join(base, "portway", "log.jsonl")
+
+
+# --- What is known of a request --------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Price:
+    """What the reference model would have cost, in dollars for a million tokens."""
+
+    input_per_m: float = 0.0
+    output_per_m: float = 0.0
+
+    def of(self, prompt_tokens: int, completion_tokens: int) -> float:
+        """Dollars."""
+        return (prompt_tokens * self.input_per_m + completion_tokens * self.output_per_m) / 1_000_000
+
+
+@dataclass(slots=True)
+class Record:
+    """One request, filled while it goes on. Whoever has given it to Log.record leaves it alone.
+
+    ts: time.time() when it came. started, first, ended: time.monotonic() when it came, when its first
+    content was sent, when it was over. waited: seconds spent waiting for others, None = not measured.
+    cache_hit: None = the cache was not asked. error: a code, never a message. cancelled_in: the phase
+    (call.PHASES) in which the client left. host: the backend's. exit_code: None = made from the status.
+    body: the request as parsed, for its prompt's hash and size; size: its bytes.
+    """
+
+    ts: float
+    started: float
+    client: str = ""
+    endpoint: str = ""
+    id: str = ""
+    model: str = ""
+    stream: bool = False
+    body: Mapping[str, Any] | None = None
+    size: int = 0
+    served_by: str = ""
+    host: str = ""
+    cache_hit: bool | None = None
+    status: int = 0
+    error: str = ""
+    attempts: Sequence[Attempt] = ()
+    queue_s: float | None = None
+    load_s: float | None = None
+    decode_s: float | None = None
+    first: float | None = None
+    ended: float = 0.0
+    waited: float | None = None
+    prompt_tokens: int | None = None
+    completion_tokens: int | None = None
+    response_chars: int = 0
+    truncated: bool = False
+    cancelled_in: str | None = None
+    exit_code: int | None = None
+
+    def begin(self, call: Call) -> None:
+        """It is a request to a model."""
+        self.model = call.model.name
+        self.endpoint = call.endpoint
+        self.id = call.id
+        self.stream = call.stream
+        self.body = call.body
+        self.size = len(call.raw)
+
+    def served(self, served: Served, first: float | None) -> None:
+        """A target has answered, or has begun to; `first` as above."""
+        tally = served.answer.tally
+        self.served_by = served.model.name
+        self.host = served.model.backend.host
+        self.attempts = served.attempts
+        self.first = first
+        self.load_s = tally.load_s
+        self.decode_s = tally.decode_s
+        self.prompt_tokens = tally.prompt_tokens
+        self.completion_tokens = tally.completion_tokens
+        self.response_chars = tally.content_chars
+        self.truncated = tally.truncated
+
+    def failed(self, error: PortwayError) -> None:
+        """It ends with an error, which knows of the attempts if there were any."""
+        self.error = error.code or error.type
+        self.attempts = getattr(error, "attempts", None) or self.attempts
+
+    def finish(self, ended: float, waited: float | None = None) -> None:
+        """It is over; what is derived below is right from now on."""
+        self.ended = ended
+        self.waited = waited
+        if not self.status and self.cancelled_in:
+            self.status = CLIENT_CLOSED
+
+    @property
+    def latency(self) -> float:
+        """Seconds from its coming to its end."""
+        return max(0.0, self.ended - self.started)
+
+    @property
+    def ttft(self) -> float | None:
+        """Seconds to the first content; None for an answer that came in one piece."""
+        return None if self.first is None else max(0.0, self.first - self.started)
+
+    @property
+    def overhead(self) -> float | None:
+        """Seconds that were Portway's own."""
+        return None if self.waited is None else max(0.0, self.latency - self.waited)
+
+    @property
+    def demoted(self) -> bool:
+        """Whether another model answered than was asked for."""
+        return bool(self.served_by) and self.served_by != self.model
+
+    @property
+    def outcome(self) -> int:
+        """0 = answered, else the class of the status: 4 = the request or its client, 5 = the servers.
+
+        A stream that has begun keeps its 200, whatever then becomes of it.
+        """
+        if self.exit_code is not None:
+            return self.exit_code
+        if self.cancelled_in:
+            return 4
+        if self.status >= 400:
+            return self.status // 100
+        return 5 if self.error or not self.status else 0
+
+    @property
+    def decode_tps(self) -> float | None:
+        """Tokens a second: by the backend's own clock, else from the first content to the last."""
+        tokens = self.completion_tokens
+        if not tokens or self.cache_hit:
+            return None
+        if self.decode_s:
+            return tokens / self.decode_s
+        seconds = 0.0 if self.first is None else self.ended - self.first
+        return (tokens - 1) / seconds if tokens > 1 and seconds > 0.001 else None
+
+
+def line(record: Record, price: Price) -> dict[str, Any]:
+    """A record's line in the log, each key always there; `ts` leads, so that lines sort by time as text."""
+    prompt_hash, prompt_chars = _digest(record.body)
+    return {
+        "ts": iso_time(record.ts),
+        "id": record.id or None,
+        "client": record.client[:MAX_NAME] or None,
+        "endpoint": record.endpoint[:MAX_NAME] or None,
+        "model": record.model[:MAX_NAME] or None,
+        "served_by": record.served_by or None,
+        "local": is_local(record.host) if record.host else None,
+        "stream": record.stream,
+        "status": record.status,
+        "exit_code": record.outcome,
+        "error": record.error[:MAX_NAME] or None,
+        "cache_hit": record.cache_hit,
+        "demoted": record.demoted,
+        "attempts": [_attempt(attempt) for attempt in record.attempts],
+        "prompt_hash": prompt_hash,
+        "prompt_chars": prompt_chars,
+        "response_chars": record.response_chars,
+        "prompt_tokens": record.prompt_tokens,
+        "completion_tokens": record.completion_tokens,
+        "truncated": record.truncated,
+        "cancelled_in": record.cancelled_in,
+        "latency_s": _rounded(record.latency, 5),
+        "queue_s": _rounded(record.queue_s, 5),
+        "load_s": _rounded(record.load_s, 5),
+        "ttft_s": _rounded(record.ttft, 5),
+        "decode_tps": _rounded(record.decode_tps, 2),
+        "overhead_ms": _rounded(record.overhead, 6, 1000.0),
+        "saved_usd": _saved(record, price),
+    }
+
+
+def iso_time(ts: float) -> str:
+    """time.time() as 2026-11-21T04:29:15.123Z."""
+    seconds, milliseconds = divmod(int(ts * 1000), 1000)
+    return f"{time.strftime('%Y-%m-%dT%H:%M:%S', time.gmtime(seconds))}.{milliseconds:03d}Z"
+
+
+@lru_cache(maxsize=256)
+def is_local(host: str) -> bool:
+    """Whether a backend's host is one's own: this machine, or one in a private network. Nobody is asked."""
+    try:
+        address = ipaddress.ip_address(host.strip("[]"))
+    except ValueError:
+        return "." not in host or host.lower().endswith((".localhost", ".local", ".lan", ".internal", ".home.arpa"))
+    return address.is_private or address in ipaddress.ip_network("100.64.0.0/10")  # Tailscale's, and carriers'
+
+
+def _attempt(attempt: Attempt) -> dict[str, Any]:
+    return {"model": attempt.model, "reason": attempt.reason, "seconds": _rounded(attempt.seconds, 4)}
+
+
+def _rounded(value: float | None, digits: int, factor: float = 1.0) -> float | None:
+    """Infinity and NaN, which a server may have sent, are no JSON."""
+    return None if value is None or not math.isfinite(value) else round(value, digits) * factor
+
+
+def _saved(record: Record, price: Price) -> float | None:
+    """What the answer would have cost elsewhere; nothing if it came from elsewhere, or not at all."""
+    if record.prompt_tokens is None and record.completion_tokens is None:
+        return None
+    if record.outcome or not (record.cache_hit or is_local(record.host)):
+        return 0.0
+    return round(price.of(record.prompt_tokens or 0, record.completion_tokens or 0), 8)
+
+
+def _digest(body: Mapping[str, Any] | None) -> tuple[str | None, int | None]:
+    """The prompt's hash, 16 hexadecimal digits, and its characters.
+
+    Only the prompt: the same question asked with other options, or of another model, has the same hash.
+    """
+    if body is None:
+        return None, None
+    sha, chars = hashlib.sha256(), 0
+    for key, text in _prompt_texts(body):
+        sha.update(text.encode("utf-8", "surrogatepass"))
+        sha.update(b"\0")
+        if key in _TEXT_KEYS:
+            chars += len(text)
+    return sha.hexdigest()[:16], chars
+
+
+_PROMPT_KEYS = ("messages", "prompt", "suffix", "input")
+_TEXT_KEYS = frozenset(("content", "text", "prompt", "suffix", "input"))  # beside roles, types and images
+
+
+def _prompt_texts(body: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    """Every text of the prompt with the key it stands under, in the order sent. Numbers are token ids."""
+    rest: list[tuple[str, Any]] = [(key, body[key]) for key in reversed(_PROMPT_KEYS) if key in body]
+    while rest:
+        key, value = rest.pop()
+        if isinstance(value, str):
+            yield key, value
+        elif isinstance(value, dict):
+            rest += reversed(value.items())
+        elif isinstance(value, list):
+            rest += [(key, item) for item in reversed(value)]
+        elif value is not None:
+            yield "", repr(value)
+
+
+# --- The queue and its thread ----------------------------------------------------------------
+
+
+class Log:
+    """Appends records to a file. Make one, `close` it at the end; any thread may call the rest.
+
+    path: the file. max_bytes, keep: see LogFile. price: for saved_usd; may be replaced at any time.
+    say: told once of each problem, and of its end; default a line on stderr. retry_after: seconds.
+    write: os.write, for tests.
+    """
+
+    def __init__(
+        self,
+        path: str,
+        *,
+        max_bytes: int = MAX_BYTES,
+        keep: int = KEEP,
+        price: Price | None = None,
+        say: Callable[[str], None] | None = None,
+        retry_after: float = RETRY_AFTER,
+        write: Callable[[int, bytes], int] = os.write,
+    ) -> None:
+        self.price = price or Price()
+        self._say = say or _to_stderr
+        self._retry_after = retry_after
+        self._changed = threading.Condition()  # its lock guards everything down to the blank line
+        self._waiting: deque[Record] = deque()
+        self._bytes = 0  # of the bodies that wait
+        self._dropped = 0
+        self._closing = False
+
+        self._file = LogFile(os.path.abspath(path), max_bytes, keep, write)  # this and the rest are the writer's
+        self._encode = json.JSONEncoder(separators=(",", ":")).encode  # ASCII only: no line can hold a line end
+        self._written = 0
+        self._problem: str | None = None
+        self._said = ""  # the problem that was said last
+        self._dropped_before = 0  # lines that were lost when things last went well
+        self._writer = threading.Thread(target=self._run, name="portway-log", daemon=True)
+        self._writer.start()
+
+    @property
+    def path(self) -> str:
+        """The file's, absolute."""
+        return self._file.path
+
+    @property
+    def written(self) -> int:
+        """Lines that are in the file."""
+        return self._written
+
+    @property
+    def dropped(self) -> int:
+        """Lines that are lost: the queue was full, or the log closed with a file that refused them."""
+        return self._dropped
+
+    @property
+    def problem(self) -> str | None:
+        """Why the file can't be written now, in words; None = it can, as far as is known."""
+        return self._problem
+
+    def record(self, record: Record) -> None:
+        """Take a finished record. Never waits for the file and never fails for its sake."""
+        with self._changed:
+            if self._closing or len(self._waiting) >= MAX_WAITING:
+                self._dropped += 1
+                return
+            if self._bytes + record.size > MAX_WAITING_BYTES:
+                record.body, record.size = None, 0
+            self._bytes += record.size
+            self._waiting.append(record)
+            if len(self._waiting) == 1:
+                self._changed.notify()
+
+    def close(self, timeout: float) -> bool:
+        """Write what waits, for at most `timeout` seconds. False if that was too short."""
+        with self._changed:
+            self._closing = True
+            self._changed.notify()
+        self._writer.join(timeout)
+        return not self._writer.is_alive()
+
+    # the writer's thread
+
+    def _run(self) -> None:
+        while records := self._take():
+            lines = self._lines(records)
+            delay = self._retry_after
+            while lines := lines[self._append(lines) :]:
+                if self._problem and self._pause(delay):
+                    self._lose(len(lines))
+                    break
+                delay = min(2 * delay, RETRY_AT_MOST)
+        self._file.close()
+
+    def _take(self) -> list[Record]:
+        """The records to write next; empty once the log is closed and nothing waits."""
+        with self._changed:
+            while not self._waiting and not self._closing:
+                self._changed.wait()
+        self._pause(GATHER)
+        with self._changed:
+            count = min(len(self._waiting), MAX_BATCH)
+            records = [self._waiting.popleft() for _ in range(count)]
+            self._bytes -= sum(record.size for record in records)
+        return records
+
+    def _pause(self, seconds: float) -> bool:
+        """Wait, unless the log is being closed. Returns whether it is."""
+        with self._changed:
+            return self._changed.wait_for(lambda: self._closing, seconds)
+
+    def _lines(self, records: Sequence[Record]) -> list[bytes]:
+        lines = []
+        for count, record in enumerate(records, 1):
+            lines.append(self._encode(line(record, self.price)).encode("ascii") + b"\n")
+            record.body = None  # the daemon may still hold the record; the prompt is not kept
+            if not count % BREATHE:
+                time.sleep(0)
+        return lines
+
+    def _append(self, lines: Sequence[bytes]) -> int:
+        """How many of the lines are now in the file."""
+        try:
+            count = self._file.append(lines)
+        except OSError as exc:
+            self._file.close()
+            self._complain(exc)
+            return 0
+        self._written += count
+        if self._file.trouble is not None:
+            self._complain(self._file.trouble)
+        else:
+            self._rejoice()
+        return count
+
+    def _complain(self, exc: OSError) -> None:
+        self._problem = f"{self._file.path}: {exc.strerror or exc}"
+        if self._problem != self._said:
+            self._said = self._problem
+            self._say(f"the log can't be written, requests go on without it. {self._problem}")
+
+    def _rejoice(self) -> None:
+        if self._problem is not None:
+            lost = self._dropped - self._dropped_before
+            self._say(f"the log is written again; {lost} lines were lost")
+        self._problem, self._said, self._dropped_before = None, "", self._dropped
+
+    def _lose(self, count: int) -> None:
+        """Give up: what is in hand, and what still waits."""
+        with self._changed:
+            self._dropped += count + len(self._waiting)
+            self._waiting.clear()
+
+
+def _to_stderr(text: str) -> None:
+    print(f"portway: {text}", file=sys.stderr, flush=True)
+
+
+# --- The file --------------------------------------------------------------------------------
+
+
+class LogFile:
+    """A file of whole lines that several processes append to. One thread owns each LogFile.
+
+    Rotation: a file that would grow beyond `max_bytes` becomes PATH.1.gz, PATH.1.gz becomes PATH.2.gz
+    and so on, up to `keep`. Two locks make that safe between processes, both of flock(2), so that the
+    kernel frees them whoever dies. The log's own is held while lines are appended and while the file is
+    renamed: who gets it looks whether the file is still the one at PATH. PATH.lock is held for all of a
+    rotation, with compressing; who doesn't get that one appends to the file as it is.
+
+    trouble: why the last rotation failed though lines can be written; None = it did not.
+    """
+
+    def __init__(
+        self, path: str, max_bytes: int = MAX_BYTES, keep: int = KEEP, write: Callable[[int, bytes], int] = os.write
+    ) -> None:
+        self.path = path
+        self.trouble: OSError | None = None
+        self._max_bytes = max_bytes
+        self._keep = keep
+        self._write = write
+        self._file: int | None = None
+
+    def append(self, lines: Sequence[bytes]) -> int:
+        """Write lines, each with its line end, in one piece. Returns how many of them are in the file: a disk
+        that becomes full may take the first few. Raises OSError if it takes none."""
+        data = b"".join(lines)
+        self._rotate_for(len(data))
+        with self._held() as file:
+            _mend(file)
+            count = self._write(file, data)
+            if count < len(data):
+                _mend(file)
+        return data.count(b"\n", 0, count)
+
+    def close(self) -> None:
+        """Let go of the file; the next append opens it again."""
+        if self._file is not None:
+            os.close(self._file)
+            self._file = None
+
+    @contextmanager
+    def _held(self) -> Iterator[int]:
+        """The file that is at `path` now, which nobody else writes or renames meanwhile."""
+        while True:
+            if self._file is None:
+                self._file = _open(self.path)
+            _lock(self._file, fcntl.LOCK_EX)
+            if _is_at(self._file, self.path):
+                break
+            self.close()  # it was rotated or removed
+        try:
+            yield self._file
+        finally:
+            _lock(self._file, fcntl.LOCK_UN)
+
+    def _rotate_for(self, room: int) -> None:
+        """Make a new file if the present one has too little room. A failure is kept as `trouble`."""
+        try:
+            if self._is_full(os.stat(self.path).st_size, room):
+                self._rotate(room)
+            self.trouble = None
+        except FileNotFoundError:
+            self.trouble = None
+        except OSError as exc:
+            self.trouble = exc
+
+    def _is_full(self, size: int, room: int) -> bool:
+        return size > 0 and size + room > self._max_bytes
+
+    def _rotate(self, room: int) -> None:
+        with _rotating(self.path, fcntl.LOCK_EX | fcntl.LOCK_NB) as is_ours:
+            if not is_ours:
+                return
+            for old in old_files(self.path):
+                _compress(old)  # whoever rotated before us was killed, or had no room for it
+            with self._held() as file:
+                if not self._is_full(os.fstat(file).st_size, room):
+                    return
+                _shift(self.path, self._keep)
+            self.close()
+            if self._keep:
+                _compress(f"{self.path}.1")
+
+
+def old_files(path: str) -> list[str]:
+    """The rotated files of the log at `path`, the oldest first. One that is being compressed counts once."""
+    folder, name = os.path.split(path)
+    form = re.compile(re.escape(name) + r"\.([1-9][0-9]{0,5})(\.gz)?")
+    found: dict[int, str] = {}
+    for entry in sorted(os.listdir(folder or ".")):  # .gz comes after the plain one and takes its place
+        if match := form.fullmatch(entry):
+            found[int(match[1])] = os.path.join(folder, entry)
+    return [found[number] for number in sorted(found, reverse=True)]
+
+
+@contextmanager
+def undisturbed(path: str) -> Iterator[None]:
+    """No file of the log at `path` is renamed or compressed meanwhile; lines still come. For who reads them all."""
+    try:
+        with _rotating(path, fcntl.LOCK_SH):
+            yield
+    except PermissionError:  # somebody else's log, which may be read
+        yield
+
+
+def _open(path: str) -> int:
+    """The log, made if need be, for its owner's eyes only whatever the umask. Raises OSError."""
+    folder = os.path.dirname(path)
+    if not os.path.isdir(folder):
+        os.makedirs(folder, 0o700, exist_ok=True)
+        os.chmod(folder, 0o700)  # one that was there may be shared with others on purpose, and stays as it is
+    return _open_private(path, os.O_RDWR | os.O_APPEND | os.O_CREAT)
+
+
+def _open_private(path: str, flags: int) -> int:
+    file = os.open(path, flags | os.O_CLOEXEC | os.O_NONBLOCK, 0o600)  # O_NONBLOCK: a FIFO's open() would wait
+    status = os.fstat(file)
+    try:
+        if not stat.S_ISREG(status.st_mode):
+            raise OSError(errno.EINVAL, "not a regular file")
+        if stat.S_IMODE(status.st_mode) != 0o600:
+            os.fchmod(file, 0o600)
+    except OSError:
+        os.close(file)
+        raise
+    return file
+
+
+def _lock(file: int, operation: int) -> bool:
+    """flock(); False if somebody else has the lock. A file system without locks (some NFS) has one writer."""
+    try:
+        fcntl.flock(file, operation)
+    except BlockingIOError:
+        return False
+    except OSError as exc:
+        if exc.errno not in (errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS):
+            raise
+    return True
+
+
+@contextmanager
+def _rotating(path: str, operation: int) -> Iterator[bool]:
+    """Hold the lock for renaming the log's files; False if another process holds it."""
+    file = _open_private(f"{path}.lock", os.O_RDWR | os.O_CREAT)
+    try:
+        yield _lock(file, operation)
+    finally:
+        os.close(file)
+
+
+def _is_at(file: int, path: str) -> bool:
+    try:
+        there = os.stat(path)
+    except FileNotFoundError:
+        return False
+    return os.path.samestat(os.fstat(file), there)
+
+
+def _mend(file: int) -> None:
+    """Take away the half line at the end that a full disk or a killed writer left. The file is held."""
+    end = os.fstat(file).st_size
+    start = max(0, end - 65_536)
+    tail = os.pread(file, 1, end - 1) if end else b"\n"
+    if tail != b"\n":
+        tail = os.pread(file, end - start, start)
+        os.ftruncate(file, start + tail.rfind(b"\n") + 1)  # no line is that long: not found = all of it goes
+
+
+def _shift(path: str, keep: int) -> None:
+    """Every file of the log becomes one older; those beyond `keep` go. The log is held."""
+    for old in old_files(path):
+        number, dot, suffix = old[len(path) + 1 :].partition(".")
+        if int(number) >= keep:
+            os.unlink(old)
+        else:
+            os.rename(old, f"{path}.{int(number) + 1}{dot}{suffix}")
+    if keep:
+        os.rename(path, f"{path}.1")
+    else:
+        os.unlink(path)
+
+
+def _compress(path: str) -> None:
+    """Replace PATH by PATH.gz. Whenever it is cut short, one of them is whole; raises OSError."""
+    if path.endswith(".gz"):
+        return
+    import gzip  # seldom needed
+
+    target = f"{path}.gz.new"
+    file = _open_private(target, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    with open(path, "rb") as source, open(file, "wb") as raw, gzip.GzipFile("", "wb", 3, raw) as packed:
+        while block := source.read(1 << 20):
+            packed.write(block)
+    os.rename(target, f"{path}.gz")
+    os.unlink(path)
