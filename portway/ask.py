@@ -64,7 +64,7 @@ VALUES = {
 
 
 def run() -> NoReturn:
-    """The command. Leaves without Python's tidying up, as nothing is buffered: that saves a millisecond."""
+    """The command. Leaves without Python's tidying up, as nothing is buffered: that saves 1 to 2 ms."""
     os._exit(main(sys.argv[1:], os.environ))
 
 
@@ -80,10 +80,10 @@ def main(arguments: Sequence[str], environ: Mapping[str, str]) -> int:
         terminal.note(f"ask: {exc}")
         return FAILED
     except KeyboardInterrupt:
-        terminal.erase()
+        terminal.break_off()
         return INTERRUPTED
     except BrokenPipeError:
-        terminal.erase()
+        terminal.break_off()
         return PIPE_CLOSED
     except OSError as exc:  # stdout on a full disk, say
         terminal.note(f"ask: can't write the answer: {exc.strerror}")
@@ -462,7 +462,7 @@ class Answer:
     def _think(self, text: str) -> None:
         if text:
             self._thought = True
-            self._label = self._label.replace("waiting", "thinking").replace(" for ", " with ")
+            self._label = "thinking"
             if self._options.show_thinking:
                 self._terminal.thinking(text)
 
@@ -606,14 +606,19 @@ def _unknown_tier(model: str, environ: Mapping[str, str]) -> str:
     """What to say of a flag that neither ask nor the daemon knows; "" if there is nothing to add."""
     if not model.startswith(TIER):
         return ""
+    tiers = _tiers(_address(environ), environ)
+    names = ", ".join(name for _, name in tiers)
+    if model == DEFAULT_MODEL:
+        return f"the server has no default model; choose one with -m or PORTWAY_MODEL: {names}"
+    flags = [f"--{flag}" for flag, _ in tiers if flag]
+    if not flags:
+        return f"no tier {_spoken(model)}, nor any other; choose a model with -m: {names}"
     import difflib
 
-    flags = [f"--{flag}" for flag, _ in _tiers(_address(environ), environ) if flag]
     own = [name for name in (*SWITCHES, *VALUES) if name.startswith("--")]
     near = difflib.get_close_matches(_spoken(model), [*flags, *own], 1)
     hint = f"; did you mean {near[0]}?" if near else ""
-    there = f"there are {', '.join(flags)}" if flags else "the daemon's configuration gives no model a `flag`"
-    return f"no tier {_spoken(model)}; {there}{hint}"
+    return f"no tier {_spoken(model)}; there are {', '.join(flags)}{hint}"
 
 
 def _tiers(address: Address, environ: Mapping[str, str]) -> list[tuple[str, str]]:

@@ -87,7 +87,12 @@ class Model:
     capabilities: frozenset[str] | None = None  # of CAPABILITIES; None = asked of the backend
     max_tokens: int | None = None  # ceiling for one answer
     merge_system: bool = False  # join system messages into one first one (strict chat templates)
+    cache: float = 0.0  # seconds for which answers are kept; 0.0 = off
+    flag: str = ""  # `ask --FLAG` means this model
+    default: bool = False  # what `ask` means without a flag
 
+
+FLAG = "flag:"  # what a flag of `ask` is sent as; no logical name may begin so
 
 # what `capabilities` may list; Ollama's own words where it has one
 CAPABILITIES = ("completion", "tools", "vision", "thinking", "embedding", "insert")
@@ -103,6 +108,33 @@ class Cooldown:
 
 
 @dataclass(frozen=True, slots=True)
+class Log:
+    """[log]."""
+
+    enabled: bool = True
+    file: str = ""  # "" = where telemetry.log_path() says
+    max_size: int = 32 * 1024 * 1024  # bytes before it is rotated
+    keep: int = 5  # rotated files
+
+
+@dataclass(frozen=True, slots=True)
+class Cache:
+    """[cache]."""
+
+    enabled: bool = True
+    file: str = ""  # "" = where cache_file.cache_path() says
+    max_size: int = 512 * 1024 * 1024  # bytes; beyond it the least recently used answers go
+
+
+@dataclass(frozen=True, slots=True)
+class Price:
+    """[price]: what the reference model asks for a million tokens, in dollars."""
+
+    input: float = 0.15
+    output: float = 0.6
+
+
+@dataclass(frozen=True, slots=True)
 class Config:
     """A whole, valid configuration."""
 
@@ -112,12 +144,25 @@ class Config:
     models: Mapping[str, Model]
     names: Mapping[str, str]  # every name and alias -> the model's name
     cooldown: Cooldown = Cooldown()
+    log: Log = Log()
+    cache: Cache = Cache()
+    price: Price = Price()
     warnings: tuple[str, ...] = ()
 
     def resolve(self, name: str) -> Model | None:
-        """The model that a client means by `name`: a logical name or an alias, letter for letter."""
+        """The model that a client means by `name`: a logical name or an alias, letter for letter, or
+        "flag:9b" for the one whose `flag` that is ("flag:default": the one that `ask` means without)."""
+        if name.startswith(FLAG):
+            return self.flagged(name.removeprefix(FLAG))
         known = self.names.get(name)
         return None if known is None else self.models[known]
+
+    def flagged(self, flag: str) -> Model | None:
+        """The model behind a flag of `ask`; "default": the one marked so, else the first."""
+        models = self.models.values()
+        if flag == "default":
+            return next((model for model in models if model.default), next(iter(models)))
+        return next((model for model in models if model.flag == flag), None)
 
     def near(self, name: str) -> list[str]:
         """Up to three names to ask for instead of an unknown one, the likeliest first.
@@ -314,6 +359,7 @@ def _checked(source: _Source, environ: Mapping[str, str]) -> Config:
     _check_fallbacks(reader, models, backends)
     _check_cycles(reader, models)
     _check_aliases(reader, models)
+    _check_flags(reader, models)
     if reader.mistakes:
         raise ConfigError(source.path, reader.mistakes)
     return _built(source, values, document)
@@ -364,6 +410,9 @@ def schema(environ: Mapping[str, str]) -> fields.Table:
             "backends": fields.Named(fields.name, _backend(environ)),
             "models": fields.Named(fields.name, _model()),
             "cooldown": _cooldown(),
+            "log": _log(),
+            "cache": _cache(),
+            "price": fields.Table({"input": fields.dollars, "output": fields.dollars}),
         }
     )
 
@@ -415,6 +464,9 @@ def _model() -> fields.Table:
             "capabilities": fields.ListOf(fields.choice(*CAPABILITIES), f"a list of {fields.one_of(*CAPABILITIES)}"),
             "max_tokens": fields.whole(1, 2**24),
             "merge_system": fields.flag,
+            "cache": fields.lifetime,
+            "flag": fields.tier,
+            "default": fields.flag,
         },
         {"backend": "the name of a [backends.NAME]", "model": "the backend's own name for the model"},
     )
@@ -429,6 +481,16 @@ def _param_name(value: object) -> str:
 def _cooldown() -> fields.Table:
     span = fields.seconds(0, _DAY)
     return fields.Table({"failures": fields.whole(1, 1000), "seconds": span, "longest": span})
+
+
+def _log() -> fields.Table:
+    size, keep = fields.size(64 * 1024, 4 * 1024**3), fields.whole(0, 1000)
+    return fields.Table({"enabled": fields.flag, "file": fields.path, "max_size": size, "keep": keep})
+
+
+def _cache() -> fields.Table:
+    size = fields.size(1024**2, 1024**4)
+    return fields.Table({"enabled": fields.flag, "file": fields.path, "max_size": size})
 
 
 # --- What several keys must agree on ---------------------------------------------------------
@@ -563,6 +625,21 @@ def _check_aliases(reader: fields.Reader, models: _Values) -> None:
                 taken[alias] = f"an alias of {name}"
 
 
+def _check_flags(reader: fields.Reader, models: _Values) -> None:
+    """Each flag of `ask` means one model, and so does its absence."""
+    taken: dict[object, str] = {}
+    for key in ("flag", "default"):
+        for name, model in models.items():
+            value = model.get(key)
+            if value is None or value is False or value is fields.BAD:
+                continue
+            if value in taken:
+                dotted = f"{fields.dotted('models', name)}.{key}"
+                reader.refuse(dotted, f"{fields.shown(value)} is what {taken[value]} has", "once")
+            else:
+                taken[value] = name
+
+
 # --- Building the values ---------------------------------------------------------------------
 
 
@@ -577,6 +654,9 @@ def _built(source: _Source, values: _Values, document: _Values) -> Config:
         models=MappingProxyType(models),
         names=MappingProxyType(names),
         cooldown=Cooldown(**values.get("cooldown", {})),
+        log=Log(**values.get("log", {})),
+        cache=Cache(**values.get("cache", {})),
+        price=Price(**values.get("price", {})),
         warnings=tuple(_warnings(source, document, models)),
     )
 

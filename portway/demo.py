@@ -207,7 +207,7 @@ class _Tour:
 
     def _stream(self, *, include_usage: bool) -> None:
         _title(f"{4 if include_usage else 3}. A stream, {'with' if include_usage else 'without'} include_usage")
-        options = {"stream_options": {"include_usage": True}} if include_usage else {}
+        options: dict[str, Any] = {"stream_options": {"include_usage": True}} if include_usage else {}
         body = self._body([_user("Count from one to three.")], stream=True, **options)
         _show_request(body)
         events = list(self._events(body))

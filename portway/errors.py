@@ -63,8 +63,8 @@ class ClientGone(Exception):
 class Failure:
     """What follows from one way of failing: a row of the fallback table.
 
-    falls_back: "yes", "no", "other_backend" (only to a target behind another backend) or
-    "larger_window" (only to a target with a larger context window).
+    falls_back: "yes", "no", "once" (a second target that fails so ends it), "other_backend" (only to a
+    target behind another backend) or "larger_window" (only to a target with a larger context window).
     cools: "no", "count" (after repeated failures), "short" (likewise, not for long), "long" (at once, for long) or
     "told" (for as long as Retry-After says, else it counts).
     status: what the client sees when the chain ends here.
@@ -80,7 +80,7 @@ class Failure:
 FAILURES: Mapping[str, Failure] = {
     "connect_failed": Failure("yes", "short", 502),
     "connect_timeout": Failure("yes", "count", 502),
-    "connection_lost": Failure("yes", "count", 502),  # closed or reset before any content
+    "connection_lost": Failure("yes", "short", 502),  # closed or reset before any content
     "bad_answer": Failure("yes", "count", 502),  # not HTTP, not JSON, not the shape that was asked for
     "loading_timeout": Failure("yes", "no", 503),
     "busy": Failure("yes", "told", 503),
@@ -94,8 +94,8 @@ FAILURES: Mapping[str, Failure] = {
     "backend_auth": Failure("other_backend", "long", 502),
     "context_length_exceeded": Failure("larger_window", "no", 400, "invalid_request_error"),
     "bad_request": Failure("no", "no", 400, "invalid_request_error"),
-    "template_error": Failure("no", "no", 500),  # deterministic: the same messages fail again
-    "empty_answer": Failure("yes", "count", 502),
+    "template_error": Failure("yes", "no", 500),  # deterministic; but another model has another template
+    "empty_answer": Failure("once", "count", 502),
     "stream_broken": Failure("yes", "count", 502),  # after content; a stream can't fall back then
     "unsupported": Failure("yes", "no", 400, "invalid_request_error"),  # this target can't do what is asked
     "cooling": Failure("yes", "no", 503),  # skipped, not tried

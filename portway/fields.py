@@ -7,6 +7,7 @@ the sections are called and what they mean is config.py's. No message holds a ke
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
@@ -179,12 +180,12 @@ def keep_alive(value: object) -> float:
 
 
 _FAR = 10 * 365 * 86_400  # seconds; longer is a slip, and Go's durations end at 292 years
-_UNITS = MappingProxyType({"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0})
-_SPAN = re.compile(r"([0-9]+(?:\.[0-9]+)?)(ms|s|m|h)")
+_UNITS = MappingProxyType({"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86_400.0})
+_SPAN = re.compile(r"([0-9]+(?:\.[0-9]+)?)(ms|s|m|h|d)")
 
 
 def _duration(value: object) -> float | None:
-    """Seconds from a number, "90", "-1" or Go's form "1h30m"; None = none of these."""
+    """Seconds from a number, "90", "-1" or Go's form "1h30m", to which days are added; None = none of these."""
     if isinstance(value, int | float) and not isinstance(value, bool):
         return float(value) if -_FAR <= value <= _FAR else None  # compared first: float() can overflow
     if not isinstance(value, str):
@@ -195,6 +196,39 @@ def _duration(value: object) -> float | None:
     if text and not _SPAN.sub("", text):
         return sign * sum(float(count) * _UNITS[unit] for count, unit in _SPAN.findall(text))
     return None
+
+
+def lifetime(value: object) -> float:
+    """How long answers are kept: seconds, 0.0 = "off"."""
+    found = 0.0 if value == "off" else _duration(value)
+    if found is not None and 0 <= found <= _FAR and (found or value == "off"):
+        return found
+    raise Refused(_unfit(value, int, float, str), '"off", or how long, like "30d" or "12h"')
+
+
+def dollars(value: object) -> float:
+    """A price."""
+    if isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value <= 1_000_000:
+        return float(value)
+    raise Refused(_unfit(value, int, float), "dollars, 0 or more")
+
+
+def tier(value: object) -> str:
+    """A flag of `ask`, without its hyphens."""
+    if isinstance(value, str) and re.fullmatch(r"[a-z0-9][a-z0-9-]{0,30}", value) and value not in _ASK_OPTIONS:
+        return value
+    raise Refused(_unfit(value, str), "small letters, digits and hyphens, and none of ask's own options")
+
+
+# what `ask` already understands behind two hyphens; a test compares
+_ASK_OPTIONS = frozenset(
+    "help version json schema no-cache refresh strict last show-thinking completion council default".split()
+)
+
+
+def path(value: object) -> str:
+    """A file's path, ~ expanded; relative to where the daemon is started. "" = the usual one."""
+    return "" if value == "" else os.path.expanduser(text(value))
 
 
 def size(low: int, high: int) -> Leaf:
@@ -244,9 +278,10 @@ _NAME_LENGTH = 128
 
 def name(value: object) -> str:
     """A logical name: it goes into headers and URLs as it stands."""
-    if isinstance(value, str) and re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._:/-]*", value) and len(value) <= _NAME_LENGTH:
-        return value
-    allowed = f"a letter or digit, then letters, digits and . _ : / -, up to {_NAME_LENGTH} characters"
+    well_formed = isinstance(value, str) and re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._:/-]*", value)
+    if well_formed and len(str(value)) <= _NAME_LENGTH and not str(value).startswith("flag:"):
+        return str(value)
+    allowed = f"a letter or digit, then letters, digits and . _ : / -, up to {_NAME_LENGTH} characters, not flag:.."
     raise Refused(_unfit(value, str), allowed)
 
 

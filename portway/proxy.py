@@ -42,6 +42,7 @@ from portway.guards import Guards
 from portway.http1 import MAX_HEAD, BadMessage, Incoming, RequestHead, as_client_error, parse_request
 from portway.request import find_model, read_call
 from portway.routing import ChainExhausted, Cooling, Router
+from portway.telemetry import Log, Price, Record, log_path
 from portway.watch import ClientWatch
 from portway.wire import DONE, dumps, sse
 from portway.workers import Workers
@@ -56,18 +57,8 @@ SETTLE_MS = 10  # how long a worker waits for the rest of a request; most client
 SWEEP = 1.0  # seconds between two looks for connections that have waited too long
 MAX_PIPELINED = 262_144  # bytes read ahead while an answer is under way
 WATCH_CONFIG = 1.0  # seconds between two looks at the configuration file
+CLOSE_LOG = 2.0  # seconds given to the log's last lines at the end
 GOODBYE = 1.0  # seconds for a refused client to read why before its connection is reset
-
-class Record:
-    status = 0
-    cancelled_in = None
-
-    def begin(self, call): ...
-
-    def served(self, served, at): ...
-
-    def failed(self, error): ...
-
 
 # --- the routes -----------------------------------------------------------------------------------
 
@@ -347,14 +338,16 @@ class Handler(BaseHTTPRequestHandler):
         self.head = incoming.head
         self.keep_alive = incoming.head.keep_alive and not incoming.poisoned
         self._cors = incoming.cors
-        self._record = self.server.daemon.new_record(self.head)
+        self._record = Record(time.time(), time.monotonic(), _client(self.head), self.head.path)
         self._stream: EventStream | None = None
+        self.watch.begin(0.0, None)
         self.watch.look_for_all()
         with self.server.in_flight:
             try:
                 self._dispatch(incoming)
             except ClientGone:
                 self._record.cancelled_in = self.watch.phase
+                self._record.exit_code = 130 if _is_ask(self.head) else None
                 self.keep_alive = False
             except PortwayError as exc:
                 self._fail(exc)
@@ -364,9 +357,16 @@ class Handler(BaseHTTPRequestHandler):
             except Exception as exc:  # noqa: BLE001 - the last resort: logged with its id, never shown
                 self._fail(self.server.daemon.unforeseen(exc))
             finally:
-                self.server.daemon.finish_record(self._record, self.watch.waited)
+                self._write_down()
         if incoming.poisoned:
             self._say_goodbye()
+
+    def _write_down(self) -> None:
+        """The request's line in the log. Whoever only asks how we are, again and again, is not worth one."""
+        self._record.finish(time.monotonic(), self.watch.waited)
+        log = self.server.daemon.log
+        if log and not (self._record.status == 200 and self.head.path.endswith(_UNLOGGED)):
+            log.record(self._record)
 
     def _dispatch(self, incoming: Incoming) -> None:
         if incoming.refusal:
@@ -463,6 +463,8 @@ class Handler(BaseHTTPRequestHandler):
     def _fail(self, error: PortwayError) -> None:
         """The error as the rest of a begun stream, else as an answer of its own."""
         self._record.failed(error)
+        if _is_ask(self.head):
+            self._record.exit_code = self._exit_code_of_ask(error)
         try:
             if self._stream and self._stream.started:
                 self._stream.fail(error)
@@ -476,6 +478,13 @@ class Handler(BaseHTTPRequestHandler):
         except OSError:
             self.keep_alive = False
 
+    def _exit_code_of_ask(self, error: PortwayError) -> int:
+        """What `ask` will make of this error, by the rules in its manual, for the log."""
+        if isinstance(error, ChainExhausted):
+            begun = self._stream is not None and self._stream.started
+            return 1 if begun or self._may_fall_back() else 4
+        return 2 if error.code == "model_not_found" else 1
+
     def _say_goodbye(self) -> None:
         """Let a client that is still sending read the refusal: closing at once would reset it unread."""
         self.connection.shutdown(socket.SHUT_WR)
@@ -485,6 +494,18 @@ class Handler(BaseHTTPRequestHandler):
         while (left := until - time.monotonic()) > 0 and poller.poll(int(left * 1000) + 1):
             if not self.connection.recv(RECEIVE, socket.MSG_DONTWAIT):
                 return
+
+
+_UNLOGGED = ("/health", "/metrics")
+
+
+def _is_ask(head: RequestHead) -> bool:
+    return head.headers.get("x-portway-client") == "ask"
+
+
+def _client(head: RequestHead) -> str:
+    """Who asks, for the log: what the client calls itself."""
+    return head.headers.get("x-portway-client") or head.headers.get("user-agent", "")
 
 
 _PREFLIGHT = {
@@ -535,7 +556,7 @@ class Server(ThreadingHTTPServer):
     def server_bind(self) -> None:
         """Without HTTPServer's getfqdn(), which may ask a name server that is not there."""
         socketserver.TCPServer.server_bind(self)
-        self.server_name, self.server_port = self.server_address[0], self.server_address[1]
+        self.server_name, self.server_port = str(self.server_address[0]), int(self.server_address[1])
 
     def serve_forever(self, poll_interval: float = SWEEP) -> None:
         """The accepting thread's loop, until shutdown()."""
@@ -616,12 +637,19 @@ class Server(ThreadingHTTPServer):
 
     def _stirred(self, source: Any, handler: Handler | None) -> None:
         if source is self.socket:
-            self._handle_request_noblock()
+            self._accept()
         elif handler is not None:
             self._unpark(handler)
             self.workers.submit(handler.work)
         else:
             self._take_arrivals()
+
+    def _accept(self) -> None:
+        try:
+            request, client_address = self.get_request()
+        except OSError:
+            return  # it has gone again, or there was no descriptor for it
+        self.process_request(request, client_address)
 
     def _take_arrivals(self) -> None:
         try:
@@ -700,8 +728,9 @@ class State:
 class Daemon:
     """The running program: the present State, the server, and what outlives both."""
 
-    def __init__(self, config: Config, *, say: Callable[[str], None] | None = None) -> None:
+    def __init__(self, config: Config, *, say: Callable[[str], None] | None = None, log: Log | None = None) -> None:
         self._say = say or _to_stderr
+        self.log = log
         self._cooling = Cooling(config.cooldown)
         self._started = time.time()
         self._problem: str | None = None  # why the newest configuration is not in force
@@ -744,6 +773,8 @@ class Daemon:
         config = replace(config, server=server)
         old, self.state = self.state, self._build(config)
         self._cooling.rule = config.cooldown
+        if self.log:
+            self.log.price = Price(config.price.input, config.price.output)
         self._problem = None
         for backend in old.backends.values():
             backend.close()
@@ -772,6 +803,7 @@ class Daemon:
             "family": model.family,
             "chain": [member.name for member in self.state.config.chain(model)],
             "aliases": list(model.aliases),
+            "flag": model.flag or None,
         }
         return card
 
@@ -784,6 +816,7 @@ class Daemon:
             "version": __version__,
             "uptime_s": round(time.time() - self._started, 1),
             "config": {"path": config.path, "problem": self._problem},
+            "log": {"dropped": self.log.dropped, "problem": self.log.problem} if self.log else None,
             "in_flight": self._server.in_flight.count,
             "connections": self._server.connections,
             "unreachable": {name: error.message for name, error in self.state.catalogue.problems().items()},
@@ -792,12 +825,6 @@ class Daemon:
                 for (backend, model), left in sorted(cooling.items())
             ],
         }
-
-    def new_record(self, head: RequestHead) -> Record:
-        return Record()
-
-    def finish_record(self, record: Record, waited: float) -> None:
-        pass
 
     def unforeseen(self, exc: Exception) -> PortwayError:
         """A bug of ours: its trace goes to stderr under an id, and only the id to the client."""
@@ -830,8 +857,9 @@ def _to_stderr(text: str) -> None:
 
 def serve(config: Config, *, config_path: str | None, environ: Mapping[str, str]) -> int:
     """Serve until SIGTERM or SIGINT; reload on SIGHUP and when the file has changed. The exit code."""
+    log = _open_log(config, environ)
     try:
-        daemon = Daemon(config)
+        daemon = Daemon(config, log=log)
     except OSError as exc:
         where = f"{config.server.host}:{config.server.port}"
         _to_stderr(f"can't listen on {where}: {exc.strerror}; stop what does, or change server.port")
@@ -847,7 +875,19 @@ def serve(config: Config, *, config_path: str | None, environ: Mapping[str, str]
     _attend(daemon, ConfigWatcher(config_path, environ), events)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)  # a second one ends it at once
     signal.signal(signal.SIGINT, signal.SIG_DFL)
-    return 0 if daemon.stop() else 1
+    ended = daemon.stop()
+    if log:
+        log.close(CLOSE_LOG)
+    return 0 if ended else 1
+
+
+def _open_log(config: Config, environ: Mapping[str, str]) -> Log | None:
+    """The log as the configuration at the start has it."""
+    if not config.log.enabled:
+        return None
+    price = Price(config.price.input, config.price.output)
+    path = config.log.file or log_path(environ)
+    return Log(path, max_bytes=config.log.max_size, keep=config.log.keep, price=price)
 
 
 def _attend(daemon: Daemon, watcher: ConfigWatcher, events: SimpleQueue[str]) -> None:

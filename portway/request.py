@@ -1,39 +1,44 @@
-"""From a request's body to a Call, or to one clear 400 that names the field and the way out. Pure."""
+"""From a request's body to a Call, or to one clear 400 that names the field and the way out. Pure.
+
+Only what Portway itself depends on is checked; everything else is the backend's to judge.
+"""
 
 from __future__ import annotations
 
 import os
 import time
+from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
+from portway.asked import boolean, wrong
 from portway.call import Call, Endpoint
 from portway.errors import ClientError
-from portway.routing import parts
 from portway.wire import loads_object
 
 if TYPE_CHECKING:
     from portway.config import Config, Model
 
-_ID_PREFIX = {"chat": "chatcmpl-", "completions": "cmpl-", "embeddings": "embd-"}
+_ID_PREFIX: Mapping[str, str] = {"chat": "chatcmpl-", "completions": "cmpl-", "embeddings": "embd-"}
+_ADDRESSES = ("image_url", "video_url", "audio_url")  # content parts that some servers fetch by themselves
 
 
 def read_call(endpoint: Endpoint, raw: bytes, config: Config) -> Call:
     """The Call that `raw` asks for. Raises ClientError."""
     body = loads_object(raw)
     model = find_model(body.get("model"), config)
-    stream = _flag(body, "stream") and endpoint != "embeddings"
-    options = body.get("stream_options")
-    if options is not None and not isinstance(options, dict):
-        raise ClientError("stream_options must be an object.", param="stream_options")
-    if b'"image_url"' in raw:
-        _refuse_remote_images(body)
+    stream = boolean(body, "stream") and endpoint != "embeddings"
+    include_usage = _include_usage(body.get("stream_options"))
+    if endpoint == "chat":
+        _check_messages(body.get("messages"))
+        if b"_url" in raw or b"\\u" in raw:  # a key may be written with escapes
+            _refuse_addresses(body)
     return Call(
         endpoint=endpoint,
         body=body,
         raw=raw,
         model=model,
         stream=stream,
-        include_usage=stream and options is not None and _flag(options, "include_usage"),
+        include_usage=stream and include_usage,
         id=_ID_PREFIX[endpoint] + os.urandom(12).hex(),
         created=int(time.time()),
     )
@@ -53,21 +58,64 @@ def find_model(name: object, config: Config) -> Model:
     return model
 
 
-def _flag(body: dict[str, Any], key: str) -> bool:
-    value = body.get(key)
-    if value is not None and not isinstance(value, bool):
-        raise ClientError(f"{key} must be true or false.", param=key)
-    return bool(value)
+def has_images(body: Mapping[str, Any]) -> bool:
+    """Whether any message carries an image."""
+    return any(part.get("type") == "image_url" for part in _parts(body))
 
 
-def _refuse_remote_images(body: dict[str, Any]) -> None:
-    """Some servers fetch such addresses themselves, from inside this network (unslothai/unsloth#11160)."""
-    for part in parts(body):
-        image = part.get("image_url")
-        url = image.get("url") if isinstance(image, dict) else image
-        if isinstance(url, str) and not url.startswith("data:"):
-            raise ClientError(
-                "Images by address are not fetched; send the image itself as a data: URL.",
-                param="messages",
-                code="remote_image",
-            )
+def prompt_chars(body: Mapping[str, Any]) -> int:
+    """Characters of text in the prompt: messages' texts, or `prompt` and `suffix`. Images do not count."""
+    texts = [body.get("prompt"), body.get("suffix")]
+    texts += [message.get("content") for message in _messages(body)]
+    texts += [part.get("text") for part in _parts(body)]
+    return sum(len(text) for text in texts if isinstance(text, str))
+
+
+def _include_usage(options: Any) -> bool:
+    if not isinstance(options, dict | None):
+        raise wrong("stream_options", "an object")
+    include = (options or {}).get("include_usage")
+    if not isinstance(include, bool | None):
+        raise wrong("stream_options.include_usage", "true or false")
+    return bool(include)
+
+
+def _check_messages(messages: Any) -> None:
+    """llama-server answers 500 to what fails here, as if it were at fault: that would cost a target its good name."""
+    if not isinstance(messages, list) or not messages:
+        raise wrong("messages", "a list of at least one message")
+    for index, message in enumerate(messages):
+        if not isinstance(message, dict):
+            raise wrong(f"messages[{index}]", "an object")
+        if not isinstance(message.get("role"), str):
+            raise wrong(f"messages[{index}].role", "a string")
+
+
+def _refuse_addresses(body: Mapping[str, Any]) -> None:
+    """Some servers would fetch such an address, from inside this network (unslothai/unsloth#11160)."""
+    for part in _parts(body):
+        for key in _ADDRESSES:
+            media = part.get(key)
+            url = media.get("url") if isinstance(media, dict) else media
+            if isinstance(url, str) and url[:5].lower() != "data:":
+                raise ClientError(
+                    "Images are not fetched from an address; send the image itself as a data: URL.",
+                    param="messages",
+                    code="remote_image",
+                )
+
+
+def _parts(body: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
+    """The content parts of all messages, whatever else stands there."""
+    for message in _messages(body):
+        content = message.get("content")
+        for part in content if isinstance(content, list) else ():
+            if isinstance(part, dict):
+                yield part
+
+
+def _messages(body: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
+    messages = body.get("messages")
+    for message in messages if isinstance(messages, list) else ():
+        if isinstance(message, dict):
+            yield message

@@ -14,7 +14,6 @@ from __future__ import annotations
 import errno
 import fcntl
 import hashlib
-import ipaddress
 import json
 import math
 import os
@@ -43,12 +42,14 @@ GATHER = 0.05  # seconds the writer lets lines gather: it wakes 20 times a secon
 BREATHE = 16  # lines after which the writer offers the interpreter to the threads that answer
 RETRY_AFTER = 1.0  # seconds until a file that refused is tried again; doubled up to ...
 RETRY_AT_MOST = 30.0
+MAX_LINE = 65_536  # bytes; no line of ours comes near it
+LINE_START = b'{"ts":"'  # of every line of ours
 MAX_NAME = 128  # characters of a text that comes from outside
 CLIENT_CLOSED = 499  # nginx's status for a client that left before it had an answer
 
 
 def log_path(environ: Mapping[str, str]) -> str:
-    """${XDG_DATA_HOME:-~/.local/share}/portway/log.jsonl"""
+    """Where the log is without a word in the configuration: ${XDG_DATA_HOME:-~/.local/share}/portway/log.jsonl."""
     base = environ.get("XDG_DATA_HOME", "")
     if not os.path.isabs(base):  # unset, empty or relative: to be ignored, says the XDG specification
         base = os.path.join(environ.get("HOME") or os.path.expanduser("~"), ".local", "share")
@@ -220,7 +221,7 @@ def line(record: Record, price: Price) -> dict[str, Any]:
         "load_s": _rounded(record.load_s, 5),
         "ttft_s": _rounded(record.ttft, 5),
         "decode_tps": _rounded(record.decode_tps, 2),
-        "overhead_ms": _rounded(record.overhead, 6, 1000.0),
+        "overhead_ms": _rounded(record.overhead, 3, 1000.0),
         "saved_usd": _saved(record, price),
     }
 
@@ -234,6 +235,8 @@ def iso_time(ts: float) -> str:
 @lru_cache(maxsize=256)
 def is_local(host: str) -> bool:
     """Whether a backend's host is one's own: this machine, or one in a private network. Nobody is asked."""
+    import ipaddress  # as long to import as half of the rest
+
     try:
         address = ipaddress.ip_address(host.strip("[]"))
     except ValueError:
@@ -247,7 +250,7 @@ def _attempt(attempt: Attempt) -> dict[str, Any]:
 
 def _rounded(value: float | None, digits: int, factor: float = 1.0) -> float | None:
     """Infinity and NaN, which a server may have sent, are no JSON."""
-    return None if value is None or not math.isfinite(value) else round(value, digits) * factor
+    return None if value is None or not math.isfinite(value) else round(value * factor, digits)
 
 
 def _saved(record: Record, price: Price) -> float | None:
@@ -393,7 +396,8 @@ class Log:
         with self._changed:
             while not self._waiting and not self._closing:
                 self._changed.wait()
-        self._pause(GATHER)
+        if len(self._waiting) < MAX_BATCH:
+            self._pause(GATHER)
         with self._changed:
             count = min(len(self._waiting), MAX_BATCH)
             records = [self._waiting.popleft() for _ in range(count)]
@@ -420,25 +424,25 @@ class Log:
             count = self._file.append(lines)
         except OSError as exc:
             self._file.close()
-            self._complain(exc)
+            self._complain("can't be written", exc)
             return 0
         self._written += count
         if self._file.trouble is not None:
-            self._complain(self._file.trouble)
+            self._complain("can't be rotated, and grows", self._file.trouble)
         else:
             self._rejoice()
         return count
 
-    def _complain(self, exc: OSError) -> None:
-        self._problem = f"{self._file.path}: {exc.strerror or exc}"
+    def _complain(self, what: str, exc: OSError) -> None:
+        self._problem = f"the log {what}: {self._file.path}: {exc.strerror or exc}"
         if self._problem != self._said:
             self._said = self._problem
-            self._say(f"the log can't be written, requests go on without it. {self._problem}")
+            self._say(self._problem)
 
     def _rejoice(self) -> None:
         if self._problem is not None:
             lost = self._dropped - self._dropped_before
-            self._say(f"the log is written again; {lost} lines were lost")
+            self._say(f"the log works again; {lost} lines were lost")
         self._problem, self._said, self._dropped_before = None, "", self._dropped
 
     def _lose(self, count: int) -> None:
@@ -483,10 +487,10 @@ class LogFile:
         data = b"".join(lines)
         self._rotate_for(len(data))
         with self._held() as file:
-            _mend(file)
+            _mend(file, self._write)
             count = self._write(file, data)
             if count < len(data):
-                _mend(file)
+                _mend(file, self._write)
         return data.count(b"\n", 0, count)
 
     def close(self) -> None:
@@ -525,18 +529,23 @@ class LogFile:
         return size > 0 and size + room > self._max_bytes
 
     def _rotate(self, room: int) -> None:
-        with _rotating(self.path, fcntl.LOCK_EX | fcntl.LOCK_NB) as is_ours:
-            if not is_ours:
-                return
-            for old in old_files(self.path):
-                _compress(old)  # whoever rotated before us was killed, or had no room for it
-            with self._held() as file:
-                if not self._is_full(os.fstat(file).st_size, room):
-                    return
-                _shift(self.path, self._keep)
-            self.close()
-            if self._keep:
-                _compress(f"{self.path}.1")
+        lock = _open_private(f"{self.path}.lock", os.O_RDWR | os.O_CREAT)
+        try:
+            if _lock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB):
+                self._rotate_alone(room)
+        finally:
+            os.close(lock)
+
+    def _rotate_alone(self, room: int) -> None:
+        for old in old_files(self.path):
+            _compress(old)  # whoever rotated before us was killed, or had no room for it
+        with self._held() as file:
+            if not self._is_full(os.fstat(file).st_size, room):
+                return  # somebody else was quicker
+            _shift(self.path, self._keep)
+        self.close()
+        if self._keep:
+            _compress(f"{self.path}.1")
 
 
 def old_files(path: str) -> list[str]:
@@ -554,10 +563,15 @@ def old_files(path: str) -> list[str]:
 def undisturbed(path: str) -> Iterator[None]:
     """No file of the log at `path` is renamed or compressed meanwhile; lines still come. For who reads them all."""
     try:
-        with _rotating(path, fcntl.LOCK_SH):
-            yield
-    except PermissionError:  # somebody else's log, which may be read
+        lock = _open_private(f"{path}.lock", os.O_RDWR | os.O_CREAT)
+    except OSError:  # somebody else's log, which may only be read
         yield
+        return
+    try:
+        _lock(lock, fcntl.LOCK_SH)
+        yield
+    finally:
+        os.close(lock)
 
 
 def _open(path: str) -> int:
@@ -595,16 +609,6 @@ def _lock(file: int, operation: int) -> bool:
     return True
 
 
-@contextmanager
-def _rotating(path: str, operation: int) -> Iterator[bool]:
-    """Hold the lock for renaming the log's files; False if another process holds it."""
-    file = _open_private(f"{path}.lock", os.O_RDWR | os.O_CREAT)
-    try:
-        yield _lock(file, operation)
-    finally:
-        os.close(file)
-
-
 def _is_at(file: int, path: str) -> bool:
     try:
         there = os.stat(path)
@@ -613,14 +617,18 @@ def _is_at(file: int, path: str) -> bool:
     return os.path.samestat(os.fstat(file), there)
 
 
-def _mend(file: int) -> None:
+def _mend(file: int, write: Callable[[int, bytes], int]) -> None:
     """Take away the half line at the end that a full disk or a killed writer left. The file is held."""
     end = os.fstat(file).st_size
-    start = max(0, end - 65_536)
-    tail = os.pread(file, 1, end - 1) if end else b"\n"
-    if tail != b"\n":
-        tail = os.pread(file, end - start, start)
-        os.ftruncate(file, start + tail.rfind(b"\n") + 1)  # no line is that long: not found = all of it goes
+    if not end or os.pread(file, 1, end - 1) == b"\n":
+        return
+    start = max(0, end - MAX_LINE)
+    tail = os.pread(file, end - start, start)
+    cut = tail.rfind(b"\n") + 1
+    if tail.startswith(LINE_START, cut) or LINE_START.startswith(tail[cut:]):
+        os.ftruncate(file, start + cut)
+    else:
+        write(file, b"\n")  # not a line of ours: not ours to take away
 
 
 def _shift(path: str, keep: int) -> None:
@@ -645,8 +653,12 @@ def _compress(path: str) -> None:
 
     target = f"{path}.gz.new"
     file = _open_private(target, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
-    with open(path, "rb") as source, open(file, "wb") as raw, gzip.GzipFile("", "wb", 3, raw) as packed:
-        while block := source.read(1 << 20):
-            packed.write(block)
+    try:
+        with open(file, "wb") as raw, gzip.GzipFile("", "wb", 3, raw) as packed, open(path, "rb") as source:
+            while block := source.read(1 << 20):
+                packed.write(block)
+    except OSError:
+        os.unlink(target)  # a full disk needs the room
+        raise
     os.rename(target, f"{path}.gz")
     os.unlink(path)

@@ -70,11 +70,15 @@ class Terminal:
 
     def note(self, text: str) -> None:
         """A line of its own that is not part of the answer."""
+        self.break_off()
+        begin = "" if self._err_at_start else "\n"
+        self._write_note(f"{begin}{harmless(text) if self._notes_shown else text}\n")
+
+    def break_off(self) -> None:
+        """Make room below whatever is on the screen; what went into a pipe is left as it is."""
         self.erase()
         if self.answers_shown:
             self.finish_line()
-        begin = "" if self._err_at_start else "\n"
-        self._write_note(f"{begin}{harmless(text) if self._notes_shown else text}\n")
 
     def wait(self, label: str) -> None:
         """Show that time passes, if it is time for that. Call it often."""

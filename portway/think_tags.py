@@ -13,12 +13,13 @@ OPEN, CLOSE = "<think>", "</think>"
 class ThinkTags:
     """`split` each piece of text, `flush` at the end; how the text is cut never changes the sums.
 
-    `settled`: what comes from here on is all answer, so nothing needs to be split any more.
+    `opened`: the tag was there. `settled`: what comes from here on is all answer, so nothing needs
+    to be split any more.
     """
 
     def __init__(self) -> None:
         self.settled = False
-        self._inside = False
+        self.opened = False
         self._closed = False
         self._held = ""  # may yet become a tag
 
@@ -29,7 +30,7 @@ class ThinkTags:
         text, self._held = self._held + text, ""
         if self._closed:
             return "", self._answer(text)
-        if not self._inside:
+        if not self.opened:
             start = text.lstrip()
             if OPEN.startswith(start[: len(OPEN)]) and len(start) < len(OPEN):
                 self._held = text
@@ -37,7 +38,7 @@ class ThinkTags:
             if not start.startswith(OPEN):
                 self.settled = True
                 return "", text
-            self._inside = True
+            self.opened = True
             text = start[len(OPEN) :]
         thinking, closed, rest = text.partition(CLOSE)
         if closed:
@@ -50,7 +51,7 @@ class ThinkTags:
     def flush(self) -> tuple[str, str]:
         """(thinking, answer) of what was held back when the text ended."""
         held, self._held = self._held, ""
-        return (held, "") if self._inside else ("", held)
+        return (held, "") if self.opened else ("", held)
 
     def _answer(self, text: str) -> str:
         """The white space between the tag and the answer belongs to neither."""

@@ -487,10 +487,10 @@ class ChatStream:
         reasoning = source.get("thinking") or ""
         if not isinstance(text, str) or not isinstance(reasoning, str):
             raise _bad_answer("text is not a string")
-        if self._tags is not None:
-            reasoning, text = self._split(self._tags, reasoning, text, bool(line.get("done")))
         if "logprobs" in line and not reasoning:  # OpenAI gives them for the answer alone
             self._logprobs += _logprobs(line["logprobs"])
+        if self._tags is not None:
+            reasoning, text = self._split(self._tags, reasoning, text, bool(line.get("done")))
         return reasoning, text, source.get("tool_calls")
 
     def _split(self, tags: ThinkTags, reasoning: str, text: str, last: bool) -> tuple[str, str]:
@@ -498,8 +498,8 @@ class ChatStream:
         if last or reasoning:
             held_thought, held_text = tags.flush()
             thought, text = thought + held_thought, text + held_text
-        if thought:
-            self._logprobs.clear()  # they were the opening tag's
+        if thought or (tags.opened and not text):
+            self._logprobs.clear()  # they were the thinking's, or a tag's
         if reasoning or tags.settled:  # the server splits by itself, or the answer has begun
             self._tags = None
         return reasoning + thought, text

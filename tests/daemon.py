@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Self
 
 from portway import config, proxy
+from portway.telemetry import Log
 from tests.doubles import RawClient
 from tests.llama_server import wait_for
 
@@ -44,11 +45,11 @@ class _Running:
 class Daemon(_Running):
     """The daemon in threads of this process. Its log's lines are in `log`."""
 
-    def __init__(self, toml: str, environ: Mapping[str, str] | None = None) -> None:
+    def __init__(self, toml: str, environ: Mapping[str, str] | None = None, log: Log | None = None) -> None:
         parsed = config.parse(toml, "models.toml", environ or {})
         self.config = replace(parsed, server=replace(parsed.server, port=0))
         self.log: list[str] = []
-        self._daemon = proxy.Daemon(self.config, say=self.log.append)
+        self._daemon = proxy.Daemon(self.config, say=self.log.append, log=log)
 
     def __enter__(self) -> Self:
         self._daemon.start()
@@ -78,7 +79,8 @@ class DaemonProcess(_Running):
         self._folder = tempfile.TemporaryDirectory(prefix="portway-daemon-")
         self.configuration = Path(self._folder.name) / "models.toml"
         self.configuration.write_text(toml, encoding="utf-8")
-        self._environ = {**os.environ, **(environ or {})}
+        own = {"HOME": self._folder.name, "XDG_DATA_HOME": "", "XDG_CACHE_HOME": "", "XDG_CONFIG_HOME": ""}
+        self._environ = {**os.environ, **own, **(environ or {})}
         self._args = args
         self._process: subprocess.Popen[bytes] | None = None
 

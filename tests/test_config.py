@@ -81,15 +81,65 @@ class Values(unittest.TestCase):
         capabilities = ["tools", "vision"]
         max_tokens = 9
         merge_system = true
+        cache = "30d"
+        flag = "9b"
+        default = true
         """
         got = one_model(text)
         expected = config.Model(
             "a", got.backend, "x", "qwen", 900.0, 16384, "low", (), ("x", "y/z:1"),
             {"temperature": 0.7, "stop": ["a"], "nested": {"k": [1, True]}},
             config.Timeouts(1.0, 60.0, 3.5, 4.0, 500.0), True, frozenset({"tools", "vision"}), 9, True,
+            2_592_000.0, "9b", True,
         )  # fmt: skip
         self.assertEqual(expected, got)
         self.assertIs(float, type(got.timeouts.connect))
+
+    def test_log_cache_and_price(self) -> None:
+        """The sections beside the path arrive in their final types; a path's ~ is the user's folder."""
+        got = parsed(A + """
+        [log]
+        enabled = false
+        file = "~/x.jsonl"
+        max_size = "1MB"
+        keep = 0
+        [cache]
+        enabled = false
+        file = ""
+        max_size = "2MB"
+        [price]
+        input = 1
+        output = 2.5
+        """)
+        self.assertEqual(config.Log(False, os.path.expanduser("~/x.jsonl"), 1024**2, 0), got.log)
+        self.assertEqual(config.Cache(False, "", 2 * 1024**2), got.cache)
+        self.assertEqual(config.Price(1.0, 2.5), got.price)
+
+    def test_cache_lifetimes(self) -> None:
+        """`cache` is a time, days included, or "off"; nothing in between."""
+        self.assertEqual([0.0, 43_200.0, 60.0], [one_model(f"cache = {text}").cache for text in ('"off"', '"12h"', "60")])
+        for text in ("0", '"on"', "true", '"-1d"', '"never"'):
+            refused = mistakes(f'{BACKENDS}[models.a]\nbackend = "ollama"\nmodel = "x"\ncache = {text}\n')
+            self.assertEqual(["models.a.cache"], [mistake.key for mistake in refused], text)
+
+    def test_flags(self) -> None:
+        """`flag:9b` resolves to the model with that flag; without one, to the default or the first."""
+        two = BACKENDS + MODEL.format(name="a") + 'flag = "9b"\n' + MODEL.format(name="b") + 'flag = "1b"\n'
+        got = parsed(two)
+        self.assertEqual([got.models["a"], got.models["b"], None], [got.resolve(f"flag:{x}") for x in ("9b", "1b", "2b")])
+        self.assertIs(got.models["a"], got.resolve("flag:default"))
+        got = parsed(two + "default = true\n")
+        self.assertIs(got.models["b"], got.resolve("flag:default"))
+
+    def test_flags_that_clash(self) -> None:
+        """A flag means one model, can't be an option of ask's own, and no name may look like one."""
+        a, b = MODEL.format(name="a"), MODEL.format(name="b")
+        same = mistakes(f'{BACKENDS}{a}flag = "9b"\ndefault = true\n{b}flag = "9b"\ndefault = true\n')
+        self.assertEqual(["models.b.flag", "models.b.default"], [mistake.key for mistake in same])
+        own = mistakes(f'{BACKENDS}{a}flag = "json"\n{b}flag = "9B"\n')
+        self.assertEqual(["models.a.flag", "models.b.flag"], [mistake.key for mistake in own])
+        named = mistakes(f'{BACKENDS}{a}aliases = ["flag:x"]\n')
+        self.assertEqual(["models.a.aliases[0]"], [mistake.key for mistake in named])
 
     def test_every_server_key(self) -> None:
         """Every key of [server] and [cooldown] arrives in its final type; names are lower-cased."""
@@ -875,6 +925,9 @@ class Shipped(unittest.TestCase):
         (config.Backend, "backends.ollama", {"name", "scheme", "host", "port", "base"}),
         (config.Model, "models.fast-9b", {"name", "timeouts"}),
         (config.Timeouts, "models.fast-9b.timeouts", set()),
+        (config.Log, "log", set()),
+        (config.Cache, "cache", set()),
+        (config.Price, "price", set()),
     )
 
     def options(self) -> dict[str, dict[str, str]]:
@@ -920,7 +973,7 @@ class Shipped(unittest.TestCase):
     def stated(self, section: str, option: str, text: str) -> object:
         """The default that a comment states, read as the option itself would be."""
         if text in ("none", "required"):
-            return {"none": "" if option == "family" else None}.get(text, text)
+            return {"none": "" if option in ("family", "flag") else None}.get(text, text)
         kind: Any = config.schema({})
         for part in section.split("."):
             kind = kind.item if isinstance(kind, fields.Named) else kind.fields[part]

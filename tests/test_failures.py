@@ -2,11 +2,12 @@
 
 import json
 import unittest
+from dataclasses import replace
 from typing import Any
 
 from portway.config import Backend
 from portway.errors import FAILURES, BackendError
-from portway.failures import MAX_MESSAGE, classify, in_stream, is_loading, read_error
+from portway.failures import CONTEXT_PHRASES, MAX_MESSAGE, classify, in_stream, is_loading, read_error
 
 OLLAMA = Backend("ollama", "ollama", "http://127.0.0.1:11434", "http", "127.0.0.1", 11434)
 CLOUD = Backend("cloud", "openai", "https://api.example/v1", "https", "api.example", 443, api_key="sk-1")
@@ -191,6 +192,47 @@ def failed(status: int, sent: object, backend: Backend = OLLAMA, **more: Any) ->
     return classify(status, message, model="qwen:9b", backend=backend, type=kind, **more)
 
 
+# what else says that the prompt does not fit, in the words of each server
+OVERFLOWS = """
+    This model's maximum context length is 4096 tokens. However, you requested 5000 tokens.
+    The number of tokens to keep from the initial prompt is greater than the context length (n_keep: 9 >= n_ctx: 4).
+    The input token count (9) exceeds the maximum number of tokens allowed (4).
+    Prompt length 9 is greater than max_seq_len 4
+    prompt is too long: 9 tokens > 4 maximum
+    prompt too long; exceeded max context length by 5 tokens
+    the request exceeded max context length
+    Input is too long for requested model.
+    Please reduce the length of the messages.
+    Context length exceeded
+    context window exceeded for this model
+    Your input exceeds the context window of this model.
+    the prompt exceeds the model's context of 4 tokens
+    input exceeds maximum context length and cannot be truncated further
+    exceed_context_size_error
+    the request exceeds the available context size
+""".strip().splitlines()
+
+# what else says that something is missing
+LACKS = [
+    ("x is not a multimodal model", "vision"),
+    ("this model does not support images", "vision"),
+    ("this model does not support image input", "vision"),
+    ("this model does not support completions", "completion"),
+    ("this model does not support completion", "completion"),
+    ("this model does not support vision", "vision"),
+    ("tools param requires --jinja flag", "tools"),
+    ('"auto" tool choice requires --enable-auto-tool-choice and --tool-call-parser to be set', "tools"),
+]
+
+TEMPLATES = [
+    "Conversation roles must alternate user/assistant/user/assistant/...",
+    "template: :3:12: executing",
+    "Failed to apply template",
+    "default chat template is no longer allowed",
+    "chat_template is needed",
+]
+
+
 class Classify(unittest.TestCase):
     def test_every_known_answer_has_its_reason(self):
         """The servers' own bodies, as seen, one by one; the status that a client sees follows."""
@@ -200,6 +242,29 @@ class Classify(unittest.TestCase):
                 self.assertEqual((error.reason, error.detail), (reason, detail))
                 seen = status if reason == "bad_request" and status < 500 else FAILURES[reason].status
                 self.assertEqual(error.status, seen)
+
+    def test_every_known_wording_is_understood(self):
+        """Each phrase in the tables by a sentence that holds it."""
+        for sentence in OVERFLOWS:
+            for status in (400, 413, 500):
+                with self.subTest(sentence, status=status):
+                    self.assertEqual(failed(status, {"error": sentence}).reason, "context_length_exceeded")
+        for phrase in CONTEXT_PHRASES:
+            self.assertTrue(any(phrase in case.lower() for case in [*OVERFLOWS, str(CASES)]), phrase)
+        for sentence, detail in LACKS:
+            with self.subTest(sentence):
+                error = failed(400, {"error": sentence})
+                self.assertEqual((error.reason, error.detail), ("unsupported", detail))
+        for sentence in TEMPLATES:
+            with self.subTest(sentence):
+                self.assertEqual(failed(500, {"error": sentence}).reason, "template_error")
+
+    def test_a_servers_own_fault_stays_its_own(self):
+        """Words that mean the request in a 4xx mean the server in a 500."""
+        for sentence in ("rate_limit table is broken", "model file not found", "no such model runner"):
+            self.assertEqual(failed(500, {"error": sentence}).reason, "server_error")
+        self.assertEqual(failed(499, {"error": "rate_limit"}).reason, "rate_limited")
+        self.assertEqual(failed(500, {"error": "Failed to parse tools: Unsupported tool type"}).reason, "bad_request")
 
     def test_the_servers_words_reach_the_client(self):
         """Clients match on wording, so it is kept; an empty one is replaced by a plain sentence."""
@@ -235,6 +300,8 @@ class Classify(unittest.TestCase):
         self.assertEqual(failed(403, "").way_out, "set the url in [backends.ollama] to an IP address or localhost")
         self.assertEqual(failed(401, {"error": "unauthorized"}).way_out, "ollama signin")
         self.assertEqual(failed(403, {"error": "remote model is unavailable"}).way_out, "ollama signin")
+        with_key = replace(OLLAMA, api_key="sk-1")
+        self.assertEqual(failed(401, "", with_key).way_out, "set the right api_key in [backends.ollama]")
 
     def test_only_a_bad_request_keeps_the_body(self):
         """It is what is forwarded as it came; Retry-After goes along with any."""
@@ -274,6 +341,21 @@ class InStream(unittest.TestCase):
         ):
             with self.subTest(error=error):
                 self.assertEqual(self.reason(error), reason)
+
+    def test_a_code_that_is_no_status_counts_as_500(self):
+        """Whatever a server put there, and whatever it did not say."""
+        for code, status in (
+            (400, "bad_request"),
+            (599, "599"),
+            (600, "500"),
+            (399, "500"),
+            ("x", "500"),
+            (None, "500"),
+        ):
+            error = in_stream({"code": code, "message": "m"}, model="m", backend=OLLAMA)
+            self.assertEqual(error.detail or error.reason, status)
+        message = in_stream(["x"], model="m", backend=OLLAMA).message
+        self.assertEqual(message, "Backend 'ollama' answered 500 and gave no reason.")
 
 
 class ReadError(unittest.TestCase):

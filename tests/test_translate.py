@@ -32,6 +32,10 @@ def model(**more: Any) -> Model:
     return Model(name="fast", backend=BACKEND, model="qwen:9b", **more)
 
 
+def embed(**more: Any) -> dict[str, Any]:
+    return {"model": "qwen:9b", "input": ["a"], "truncate": False, **more}
+
+
 class Requests(unittest.TestCase):
     def chat(self, target: Model | None = None, /, **body: Any) -> tuple[dict[str, Any], list[str]]:
         return chat_request({"model": "fast", "messages": HI, **body}, target or model())
@@ -106,6 +110,10 @@ class Policy(Requests):
         target = model(params={"temperature": 0.7, "top_k": 20, "stop": ["END"], "num_thread": 4})
         options = self.payload(target, temperature=0, top_k=None)["options"]
         self.assertEqual(options, {"num_thread": 4, "temperature": 0, "top_k": 20, "stop": ["END"]})
+        names = ("num_gpu", "num_batch", "main_gpu", "use_mmap", "num_thread", "num_keep", "draft_num_predict")
+        runner: dict[str, Any] = dict.fromkeys(names, 1)
+        self.assertEqual(self.payload(model(params=runner))["options"], runner)
+        self.assertEqual(embed_request({"input": "a"}, model(params=runner)), (embed(options=runner), []))
 
     def test_sampling_keeps_its_names(self):
         """Each option by the same name and value; integers as integers."""
@@ -181,6 +189,8 @@ class Policy(Requests):
         target = model(think=True, capabilities=frozenset({"completion"}))
         self.assertNotIn("think", self.payload(target))
         self.assertEqual(self.payload(target, reasoning_effort="none")["think"], False)
+        thinks = model(think=True, capabilities=frozenset({"completion", "thinking"}))
+        self.assertEqual(self.payload(thinks, reasoning_effort="high")["think"], "high")
         payload, warnings = self.chat(target, reasoning_effort="high")
         self.assertNotIn("think", payload)
         self.assertEqual(warnings, ["ignored(reasoning_effort)"])
@@ -224,7 +234,7 @@ class Policy(Requests):
         self.assertEqual(self.chat(**{"a\r\nb: é": 1})[1], ["ignored(a__b___)"])
         self.assertEqual(self.chat(**{"": 1})[1], ["ignored(_)"])
         self.assertEqual(self.chat(**{"x" * 99: 1})[1], ["ignored(" + "x" * 64 + ")"])
-        self.assertEqual(len(self.chat(**{f"x{i}": 1 for i in range(16)})[1]), 16)
+        self.assertEqual(self.chat(**{f"x{i}": 1 for i in range(16)})[1], [f"ignored(x{i})" for i in range(16)])
         many = self.chat(**{f"x{i}": 1 for i in range(40)})[1]
         self.assertEqual((len(many), many[14:]), (16, ["ignored(x14)", "ignored(25_more)"]))
 
@@ -271,6 +281,8 @@ class Policy(Requests):
         """Asked for by a flag; the number of alternatives only along with it."""
         payload = self.payload(logprobs=True, top_logprobs=3)
         self.assertEqual((payload["logprobs"], payload["top_logprobs"]), (True, 3))
+        for most in (0, 20):
+            self.assertEqual(self.payload(logprobs=True, top_logprobs=most)["top_logprobs"], most)
         self.assertNotIn("top_logprobs", self.payload(logprobs=True))
         self.assertNotIn("top_logprobs", self.payload(logprobs=False, top_logprobs=3))
 
@@ -550,7 +562,9 @@ class Completions(unittest.TestCase):
         self.assertEqual(warnings, [])
 
     def test_one_prompt_in_a_list(self):
-        """It is as good as a bare one."""
+        """It is as good as a bare one; so are the bounds of logprobs."""
+        for most in (0, 20):
+            self.assertEqual(generate_request({"prompt": "x", "logprobs": most}, model())[0]["top_logprobs"], most)
         self.assertEqual(generate_request({"prompt": ["x"]}, model())[0]["prompt"], "x")
 
     def test_what_ollama_has_no_form_for(self):
@@ -563,6 +577,7 @@ class Completions(unittest.TestCase):
         self.unsupported("echo", echo=True)
         self.unsupported("n", n=2)
         self.unsupported("insert", model(capabilities=frozenset({"completion"})), suffix="x")
+        self.unsupported("completion", model(capabilities=frozenset({"embedding"})))
 
     def test_wrong_types(self):
         """A 400 that names the field; fields of a chat are no fields here."""
@@ -599,6 +614,8 @@ class Embeddings(unittest.TestCase):
             ),
         )
         self.assertEqual(embed_request({"input": ["a", ""]}, model())[0]["input"], ["a", ""])
+        body = {"input": "a", "dimensions": 1, "encoding_format": "float"}
+        self.assertEqual(embed_request(body, model())[0], embed(dimensions=1))
 
     def test_what_can_not_be_embedded(self):
         """Tokens are for another backend, the rest is the client's mistake."""
@@ -740,6 +757,11 @@ class Stream(Answers):
             ({**silent, "prompt_eval_count": 26}, "a", None),
             ({**silent, "eval_count": True, "prompt_eval_count": -1}, "a", None),
             (
+                {**silent, "eval_count": 0, "prompt_eval_count": 1},
+                "a",
+                {"prompt_tokens": 1, "completion_tokens": 0, "total_tokens": 1},
+            ),
+            (
                 {**silent, "prompt_eval_count": 26, "done_reason": "length"},
                 "",
                 {"prompt_tokens": 26, "completion_tokens": 0, "total_tokens": 26},
@@ -791,6 +813,15 @@ class Stream(Answers):
             self.whole(line("<thi"), line(thinking="x"), last())["choices"][0]["message"]["content"], "<thi"
         )
         self.assertEqual(ChatStream(call(), model()).feed(line("<thi")), (b"", False))
+        tokens = ("<", "think>", "a", "</think>", "b")
+        lines = [line(token, logprobs=[{"token": token, "logprob": -1}]) for token in tokens]
+        logprobs = self.whole(*lines, last())["choices"][0]["logprobs"]["content"]
+        self.assertEqual([one["token"] for one in logprobs], ["b"])
+
+    def test_tags_after_thinking_of_its_own_are_text(self):
+        """A server that splits thinking off is believed about the rest."""
+        answer = self.whole(line(thinking="x"), line("<think>y"), last())["choices"][0]["message"]
+        self.assertEqual((answer["reasoning"], answer["content"]), ("x", "<think>y"))
 
     def test_tool_calls(self):
         """Running indexes over all lines, ids kept if they are new, arguments as text, no content chunk."""
@@ -801,6 +832,7 @@ class Stream(Answers):
         )
         calls = [chunk["choices"][0]["delta"]["tool_calls"][0] for chunk in chunks[1:5]]
         self.assertEqual([one["index"] for one in calls], [0, 1, 2, 3])
+        self.assertEqual({chunk["choices"][0]["index"] for chunk in chunks[:-1]}, {0})
         self.assertEqual([one["id"] for one in calls], ["x", "call_0", "call_1", "call_2"])
         self.assertEqual({one["type"] for one in calls}, {"function"})
         self.assertEqual(

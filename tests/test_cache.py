@@ -1,0 +1,911 @@
+from __future__ import annotations
+
+import io
+import json
+import os
+import signal
+import sqlite3
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+import unittest
+from contextlib import closing, redirect_stderr, redirect_stdout
+from dataclasses import replace
+from hashlib import sha256
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+from unittest import mock
+
+from portway import cache, cache_cli, cache_file, replay
+from portway.cache import Cache, Entry
+from portway.cache_file import CacheFile, Counts, Row, Unusable
+from portway.cache_rules import Control, is_storable, parse_control, request_key, why_bypassed
+from portway.call import Attempt, Call, Served, Tally
+from portway.config import Backend, Model
+from portway.wire import SSEReader, WireError
+
+PATIENCE = 20.0  # seconds; no wait may take longer
+ROOT = str(Path(__file__).resolve().parent.parent)
+BACKEND = Backend("box", "openai", "http://127.0.0.1:8080", "http", "127.0.0.1", 8080)
+MODEL = Model("fast-9b", BACKEND, "qwen3.5:9b")
+MESSAGES = [{"role": "user", "content": "Why is the sky blue?"}]
+
+
+def a_call(endpoint: Any = "chat", model: Model = MODEL, **body: Any) -> Call:
+    body = {"model": model.name, "messages": MESSAGES, **body}
+    options = body.get("stream_options") or {}
+    return Call(
+        endpoint=endpoint,
+        body=body,
+        raw=json.dumps(body).encode(),
+        model=model,
+        stream=bool(body.get("stream")),
+        include_usage=bool(options.get("include_usage")),
+        id="chatcmpl-new",
+        created=1_700_000_000,
+    )
+
+
+def key_of(number: int) -> bytes:
+    return sha256(str(number).encode()).digest()
+
+
+def chat_answer(text: str = "Rayleigh scattering.", finish: str = "stop", **message: Any) -> dict[str, Any]:
+    return {
+        "id": "chatcmpl-old",
+        "object": "chat.completion",
+        "created": 1,
+        "model": "fast-9b",
+        "choices": [
+            {"index": 0, "message": {"role": "assistant", "content": text, **message}, "finish_reason": finish}
+        ],
+        "usage": {"prompt_tokens": 5, "completion_tokens": 3, "total_tokens": 8},
+    }
+
+
+def raw(answer: dict[str, Any]) -> bytes:
+    return json.dumps(answer).encode()
+
+
+def events(stream: bytes) -> list[Any]:
+    """The data of each event, parsed; [DONE] as it is."""
+    found = SSEReader().feed(stream)
+    return [data.decode() if data == b"[DONE]" else json.loads(data) for data in found]
+
+
+def a_stream(*chunks: dict[str, Any], done: bool = True) -> list[bytes]:
+    pieces = [
+        b"data: " + json.dumps({"id": "x", "model": "m", "created": 1, **chunk}).encode() + b"\n\n" for chunk in chunks
+    ]
+    return [*pieces, b"data: [DONE]\n\n"] if done else pieces
+
+
+def delta(finish: str | None = None, **members: Any) -> dict[str, Any]:
+    return {"choices": [{"index": 0, "delta": members, "finish_reason": finish}]}
+
+
+class Keys(unittest.TestCase):
+    def test_a_stream_and_a_plain_request_share_a_key(self):
+        """What shapes no answer is not in the key: stream, stream_options, user, metadata, and the alias used."""
+        plain = request_key(a_call(), MODEL)
+        other = a_call(stream=True, stream_options={"include_usage": True}, user="me", metadata={"a": "b"}, model=MODEL)
+        other.body["model"] = "gpt-4o-mini"
+        self.assertEqual(plain, request_key(other, MODEL))
+
+    def test_the_order_of_members_does_not_matter(self):
+        """Two programs that write the same request in another order share an answer."""
+        first, second = a_call(seed=1, top_p=0.5), a_call(top_p=0.5, seed=1)
+        self.assertEqual(request_key(first, MODEL), request_key(second, MODEL))
+
+    def test_whatever_else_the_client_says_counts(self):
+        """Every other member changes the key, also one that nobody knows yet, and 1 is not true."""
+        bodies: list[dict[str, Any]] = [{}, {"temperature": 0}, {"temperature": 1}, {"temperature": True}]
+        bodies += [{"seed": 1}, {"not_invented_yet": "x"}, {"response_format": {"type": "json_object"}}]
+        bodies += [{"messages": [{"role": "user", "content": "\ud800"}]}]
+        keys = {request_key(a_call(**body), MODEL) for body in bodies}
+        self.assertEqual(len(bodies), len(keys))
+
+    def test_what_the_configuration_adds_counts(self):
+        """The same request to another backend, model or setting is another request."""
+        backends = [replace(BACKEND, name="b"), replace(BACKEND, kind="ollama"), replace(BACKEND, url="http://x")]
+        targets = [MODEL, *(replace(MODEL, backend=backend) for backend in backends)]
+        changes: list[dict[str, Any]] = [{"name": "other"}, {"model": "qwen3.5:27b"}, {"num_ctx": 8192}]
+        changes += [{"think": False}, {"max_tokens": 5}, {"merge_system": True}]
+        changes += [{"params": MappingProxyType({"top_k": 1})}, {"params": MappingProxyType({"top_k": 2})}]
+        targets += [replace(MODEL, **change) for change in changes]
+        self.assertEqual(len(targets), len({request_key(a_call(), target) for target in targets}))
+
+    def test_how_long_a_model_stays_loaded_does_not_count(self):
+        """keep_alive shapes no answer."""
+        self.assertEqual(request_key(a_call(), MODEL), request_key(a_call(), replace(MODEL, keep_alive=60.0)))
+
+    def test_the_endpoint_counts(self):
+        """A completion is no chat, whatever the bodies hold."""
+        self.assertNotEqual(request_key(a_call("chat"), MODEL), request_key(a_call("completions"), MODEL))
+
+
+class Rules(unittest.TestCase):
+    def test_what_bypasses_the_cache(self):
+        """Tools and more than one answer are never looked up; empty lists of tools are none."""
+        self.assertEqual("", why_bypassed(a_call(tools=[], n=1), 60))
+        self.assertEqual("", why_bypassed(a_call("embeddings", input="x"), 60))
+        self.assertEqual("off", why_bypassed(a_call(), 0))
+        self.assertEqual("tools", why_bypassed(a_call(tools=[{"type": "function"}]), 60))
+        self.assertEqual("functions", why_bypassed(a_call(functions=[{"name": "f"}]), 60))
+        self.assertEqual("web_search_options", why_bypassed(a_call(web_search_options={"a": 1}), 60))
+        self.assertEqual("n", why_bypassed(a_call(n=2), 60))
+
+    def test_cache_control(self):
+        """The standard's directives, in any case and order, with what is unknown ignored."""
+        cases = {
+            "": Control(),
+            "no-cache": Control(no_cache=True),
+            "No-Store, max-stale=3": Control(no_store=True),
+            "only-if-cached,max-age=60": Control(only_if_cached=True, max_age=60.0),
+            'max-age="60", max-age=30': Control(max_age=30.0),
+            "max-age=0": Control(no_cache=True, max_age=0.0),
+            "max-age=soon": Control(no_cache=True, max_age=0.0),
+            "max-age=99999999999999999999": Control(max_age=999999999999.0),
+        }
+        for header, control in cases.items():
+            with self.subTest(header):
+                self.assertEqual(control, parse_control({"cache-control": header}))
+        self.assertEqual(Control(), parse_control({}))
+
+    def test_what_is_storable(self):
+        """Only an answer that came to its own end, from the model that was asked for and the whole prompt."""
+        for expected, name, tally in (
+            (True, "fast-9b", Tally(finish_reason="stop")),
+            (True, "fast-9b", Tally()),
+            (False, "fast-3b", Tally(finish_reason="stop")),
+            (False, "fast-9b", Tally(finish_reason="length")),
+            (False, "fast-9b", Tally(finish_reason="stop", tool_calls=1)),
+            (False, "fast-9b", Tally(finish_reason="stop", truncated=True)),
+        ):
+            with self.subTest(name=name, tally=tally):
+                answer = mock.Mock(tally=tally)
+                served = Served(replace(MODEL, name=name), answer, [Attempt(name, "ok")])
+                self.assertEqual(expected, is_storable(a_call(), served))
+
+
+class Documents(unittest.TestCase):
+    def test_only_clean_answers_are_kept(self):
+        """Cut, empty, tool-calling, failed and several answers give no document."""
+        several = chat_answer()
+        several["choices"] *= 2
+        calling = chat_answer(tool_calls=[{"id": "c"}])
+        unclean = [chat_answer(finish="length"), chat_answer(" \n"), chat_answer(None), calling, several]  # type: ignore[arg-type]
+        unclean += [{"error": {"message": "x"}}, {"choices": []}, {"object": "list", "data": []}, {"choices": 5}]
+        unclean += [{**chat_answer(), "error": "late"}, chat_answer(function_call={"name": "f"})]
+        for answer in unclean:
+            with self.subTest(answer=answer):
+                self.assertIsNone(replay.clean_plain(raw(answer)))
+        self.assertIsNotNone(replay.clean_plain(raw(chat_answer())))
+
+    def test_what_is_no_answer_is_refused(self):
+        """Bytes that are not JSON, or no object, raise WireError."""
+        for body in (b"", b"[1]", b"{"):
+            with self.subTest(body), self.assertRaises(WireError):
+                replay.plain_document(body)
+
+    def test_a_plain_answer_comes_back_with_its_own_id(self):
+        """All but id, created and model is as it was."""
+        document = replay.clean_plain(raw(chat_answer(reasoning_content="Hm.")))
+        assert document is not None
+        told = json.loads(replay.replay(document, a_call(), "fast-9b"))
+        expected = {**chat_answer(reasoning_content="Hm."), "id": "chatcmpl-new", "created": 1_700_000_000}
+        self.assertEqual(expected, told)
+
+    def test_embeddings_come_back_as_they_were(self):
+        """A list of vectors has no id."""
+        answer = {"object": "list", "data": [{"embedding": [0.5, 1e-9]}], "model": "e", "usage": {"total_tokens": 1}}
+        document = replay.clean_plain(raw(answer))
+        assert document is not None
+        told = json.loads(replay.replay(document, a_call("embeddings", input="x"), "e"))
+        self.assertEqual(answer, told)
+
+    def test_a_stream_is_put_together(self):
+        """Deltas, log probabilities, usage and unknown members become the plain answer; comments are skipped."""
+        one, two = {"content": [{"token": "Ra"}], "refusal": None}, {"content": [{"token": "y"}], "refusal": None}
+        first, second = delta(content="Ra"), delta(content="y")
+        first["choices"][0]["logprobs"], second["choices"][0]["logprobs"] = one, two
+        ending = delta("stop")
+        ending["choices"][0]["stop_reason"] = "eos"
+        usage = {"prompt_tokens": 1, "completion_tokens": 2, "total_tokens": 3}
+        pieces = a_stream(
+            delta(role="assistant", content=""),
+            {**delta(reasoning_content="H", reasoning="H"), "system_fingerprint": "fp"},
+            delta(reasoning_content="m", reasoning="m"),
+            first,
+            {**second, "usage": None},
+            ending,
+            {"choices": [], "usage": usage, "timings": {"predicted_ms": 1}},
+        )
+        document = replay.stream_document([b": portway\n", *pieces], Tally())
+        logprobs = {"content": [{"token": "Ra"}, {"token": "y"}], "refusal": None}
+        message = {"role": "assistant", "content": "Ray", "reasoning_content": "Hm", "reasoning": "Hm"}
+        choice = {"index": 0, "message": message, "finish_reason": "stop", "logprobs": logprobs, "stop_reason": "eos"}
+        expected = {"choices": [choice], "system_fingerprint": "fp", "usage": usage, "timings": {"predicted_ms": 1}}
+        self.assertEqual(expected, json.loads(document))
+        self.assertEqual(document, replay.clean_stream([b"".join(pieces)], Tally()))
+
+    def test_a_stream_without_usage_gets_it_from_the_tally(self):
+        """The counts are there for a later client that asks for them; unknown ones are left out."""
+        pieces = a_stream(delta(content="x"), delta("stop"))
+        known = json.loads(replay.stream_document(pieces, Tally(prompt_tokens=2, completion_tokens=1)))
+        self.assertEqual({"prompt_tokens": 2, "completion_tokens": 1, "total_tokens": 3}, known["usage"])
+        self.assertNotIn("usage", json.loads(replay.stream_document(pieces, Tally(prompt_tokens=2))))
+
+    def test_a_broken_stream_gives_no_document(self):
+        """Without [DONE], with an error in it or of another shape it raises WireError; cut by length it is not kept."""
+        broken: list[list[bytes]] = [
+            a_stream(delta(content="x"), delta("stop"), done=False),
+            a_stream(delta(content="x"), {"error": {"message": "boom"}}),
+            a_stream({"choices": [5]}),
+            a_stream({"choices": [{"index": [], "delta": {}}]}),
+            a_stream({"choices": 7}),
+            [b"data: [1]\n\n", b"data: [DONE]\n\n"],
+        ]
+        for pieces in broken:
+            with self.subTest(pieces=pieces), self.assertRaises(WireError):
+                replay.clean_stream(pieces, Tally())
+        self.assertIsNone(replay.clean_stream(a_stream(delta(content="x"), delta("length")), Tally()))
+        self.assertIsNone(replay.clean_stream(a_stream(delta("stop")), Tally()))
+
+    def test_a_chat_is_streamed_again(self):
+        """Role, reasoning, content with its log probabilities, finish, usage, [DONE]: each with the new id."""
+        answer = {
+            **chat_answer(reasoning_content="Hm.", reasoning="Hm."),
+            "system_fingerprint": "fp",
+            "timings": {"a": 1},
+        }
+        answer["choices"][0]["logprobs"] = {"content": [{"token": "R"}]}
+        document = replay.plain_document(raw(answer))
+        *chunks, done = events(replay.replay(document, a_call(stream=True), "fast-9b"))
+        self.assertEqual("[DONE]", done)
+        role, reasoning, content, ending = chunks
+        for chunk in chunks:
+            own = ("chatcmpl-new", "chat.completion.chunk", 1_700_000_000, "fast-9b", "fp")
+            self.assertEqual(
+                own, tuple(chunk[key] for key in ("id", "object", "created", "model", "system_fingerprint"))
+            )
+            self.assertNotIn("usage", chunk)
+        self.assertEqual({"role": "assistant", "content": ""}, role["choices"][0]["delta"])
+        self.assertEqual({"reasoning_content": "Hm.", "reasoning": "Hm."}, reasoning["choices"][0]["delta"])
+        self.assertEqual({"content": "Rayleigh scattering."}, content["choices"][0]["delta"])
+        self.assertEqual({"content": [{"token": "R"}]}, content["choices"][0]["logprobs"])
+        self.assertEqual([{"index": 0, "delta": {}, "finish_reason": "stop"}], ending["choices"])
+        self.assertEqual({"a": 1}, ending["timings"])
+        self.assertNotIn("timings", content)
+
+    def test_usage_is_streamed_to_who_asks(self):
+        """With include_usage each chunk says null, and a last one without choices says what was used."""
+        document = replay.plain_document(raw(chat_answer()))
+        call = a_call(stream=True, stream_options={"include_usage": True})
+        *chunks, last, _ = events(replay.replay(document, call, "fast-9b"))
+        self.assertEqual([None] * 3, [chunk["usage"] for chunk in chunks])
+        self.assertEqual([[], chat_answer()["usage"]], [last["choices"], last["usage"]])
+
+    def test_a_completion_is_streamed_again(self):
+        """Text and finish, as a legacy completion has them."""
+        logprobs = {"tokens": ["a"], "token_logprobs": [-1.0]}
+        answer = {"choices": [{"index": 0, "text": "a", "logprobs": logprobs, "finish_reason": "stop"}]}
+        document = replay.plain_document(raw(answer))
+        first, last, _ = events(replay.replay(document, a_call("completions", stream=True), "fast-9b"))
+        self.assertEqual("text_completion", first["object"])
+        self.assertEqual([{"index": 0, "text": "a", "logprobs": logprobs, "finish_reason": None}], first["choices"])
+        self.assertEqual([{"index": 0, "finish_reason": "stop", "text": "", "logprobs": None}], last["choices"])
+
+    def test_both_ways_lead_back(self):
+        """A document that is streamed and put together again is the same document, for chats and completions."""
+        completion = {
+            "choices": [{"index": 0, "text": "a", "logprobs": None, "finish_reason": "stop"}],
+            "usage": {"x": 1},
+        }
+        logged = chat_answer(reasoning_content="Hm.", reasoning="Hm.")
+        logged["choices"][0]["logprobs"] = {"content": [{"token": "R"}], "refusal": None}
+        for endpoint, answer in (("chat", chat_answer()), ("chat", logged), ("completions", completion)):
+            with self.subTest(endpoint):
+                document = replay.plain_document(raw(answer))
+                call = a_call(endpoint, stream=True, stream_options={"include_usage": True})
+                again = replay.stream_document([replay.replay(document, call, "fast-9b")], Tally())
+                self.assertEqual(json.loads(document), json.loads(again))
+
+
+class InFolder(unittest.TestCase):
+    """A temporary folder, a cache in it, and what it said."""
+
+    def setUp(self):
+        self.folder = self.enterContext(tempfile.TemporaryDirectory())
+        self.path = os.path.join(self.folder, "deep", "portway", "cache.sqlite3")
+        self.enterContext(mock.patch.object(cache, "RETRY_AFTER", 0.05))
+        self.said: list[str] = []
+        self.spoke = threading.Condition()
+
+    def say(self, text: str) -> None:
+        with self.spoke:
+            self.said.append(text)
+            self.spoke.notify_all()
+
+    def wait_for_word(self, word: str) -> None:
+        with self.spoke:
+            heard = self.spoke.wait_for(lambda: any(word in text for text in self.said), PATIENCE)
+        self.assertTrue(heard, f"{word!r} was not said: {self.said}")
+
+    def a_cache(self, **options: Any) -> Cache:
+        made = Cache(self.path, say=self.say, **options)
+        self.addCleanup(made.close, PATIENCE)
+        self.assertTrue(made.flush(PATIENCE) or made.problem)
+        return made
+
+    def put(self, made: Cache, number: int, text: str = "x", model: str = "fast-9b") -> None:
+        document = text.encode()
+        made.put(key_of(number), lambda: document, model=model, size=len(document))
+
+    def fill(self, made: Cache, numbers: range, text: str = "x") -> None:
+        for number in numbers:
+            self.put(made, number, text)
+        self.assertTrue(made.flush(PATIENCE))
+
+    def found(self, made: Cache, *numbers: int) -> list[int]:
+        return [number for number in numbers if made.get(key_of(number), "fast-9b") is not None]
+
+
+class Storing(InFolder):
+    def test_what_was_put_is_found(self):
+        """At once, from the file, and by the next Cache; with its words and its age."""
+        made = self.a_cache()
+        self.assertIsNone(made.get(key_of(1), "fast-9b"))
+        made.put(key_of(1), lambda: b'{"a":1}', model="fast-9b", size=7, warning="seed ignored")
+        at_once = made.get(key_of(1), "fast-9b")
+        self.assertTrue(made.flush(PATIENCE))
+        made.close()
+        later = self.a_cache().get(key_of(1), "fast-9b")
+        for entry in (at_once, later):
+            assert entry is not None
+            self.assertEqual((b'{"a":1}', "fast-9b", "seed ignored"), (entry.document, entry.served_by, entry.warning))
+            self.assertLess(entry.age(), PATIENCE)
+        self.assertEqual(at_once, later)
+
+    def test_a_large_document_is_packed_and_comes_back(self):
+        """What compresses takes less room, and reads the same."""
+        made = self.a_cache()
+        text = "a long answer " * 5000
+        self.fill(made, range(1), text)
+        entry = made.get(key_of(0), "fast-9b")
+        assert entry is not None
+        self.assertEqual(text.encode(), entry.document)
+        stats = made.stats()
+        assert stats is not None
+        self.assertLess(stats.models["fast-9b"].size, len(text) // 10)
+
+    def test_an_answer_that_is_not_to_be_kept_is_not(self):
+        """A document that is None, or can't be made, is a miss before and after the writer has seen it."""
+        made = self.a_cache()
+        made.put(key_of(1), lambda: None, model="fast-9b", size=1)
+        made.put(key_of(2), lambda: replay.clean_plain(b"no JSON"), model="fast-9b", size=1)
+        self.assertEqual([], self.found(made, 1, 2))
+        self.assertTrue(made.flush(PATIENCE))
+        self.assertEqual([], self.found(made, 1, 2))
+
+    def test_a_newer_answer_replaces_the_older(self):
+        """One key has one entry, also while both wait."""
+        made = self.a_cache()
+        for text in ("one", "two"):
+            self.put(made, 1, text)
+        self.put(made, 1, "three")
+        self.assertTrue(made.flush(PATIENCE))
+        entry, stats = made.get(key_of(1), "fast-9b"), made.stats()
+        assert entry is not None and stats is not None
+        self.assertEqual((b"three", 1), (entry.document, stats.entries))
+
+    def test_age_is_the_readers_business(self):
+        """max_age passes over an older entry, and counts a miss; a clock set back makes none older."""
+        made = self.a_cache()
+        self.put(made, 1)
+        for _ in range(2):  # as it waits, and as it is stored
+            with mock.patch.object(time, "time", return_value=time.time() + 100):
+                self.assertIsNotNone(made.get(key_of(1), "fast-9b", 200))
+                self.assertIsNone(made.get(key_of(1), "fast-9b", 50))
+            self.assertTrue(made.flush(PATIENCE))
+        self.assertEqual(0.0, Entry(b"", "m", time.time() + 100).age())
+
+    def test_two_keys_that_share_their_first_bytes_are_told_apart(self):
+        """The whole key is compared."""
+        made = self.a_cache()
+        near, far = b"a" * 8 + b"1" * 24, b"a" * 8 + b"2" * 24
+        made.put(near, lambda: b"{}", model="m", size=2)
+        self.assertTrue(made.flush(PATIENCE))
+        self.assertIsNotNone(made.get(near, "m"))
+        self.assertIsNone(made.get(far, "m"))
+
+    def test_only_the_owner_may_read_it(self):
+        """0600 for the file, -wal and -shm, 0700 for a folder that was made; rights that are too wide are narrowed."""
+        made = self.a_cache()
+        self.fill(made, range(3))
+        modes = {name: os.stat(self.path + name).st_mode & 0o777 for name in ("", "-wal", "-shm")}
+        self.assertEqual({"": 0o600, "-wal": 0o600, "-shm": 0o600}, modes)
+        self.assertEqual(0o700, os.stat(os.path.dirname(self.path)).st_mode & 0o777)
+        made.close()
+        os.chmod(self.path, 0o644)
+        self.a_cache()
+        self.assertEqual(0o600, os.stat(self.path).st_mode & 0o777)
+
+    def test_where_it_lies(self):
+        """$XDG_CACHE_HOME if it is absolute, else ~/.cache."""
+        self.assertEqual("/x/portway/cache.sqlite3", cache_file.default_path({"XDG_CACHE_HOME": "/x", "HOME": "/h"}))
+        self.assertEqual(
+            "/h/.cache/portway/cache.sqlite3", cache_file.default_path({"XDG_CACHE_HOME": "x", "HOME": "/h"})
+        )
+
+    def test_a_path_with_odd_characters(self):
+        """What means something in a URI means nothing in a file's name."""
+        self.path = os.path.join(self.folder, "a?b#c%41", "cache.sqlite3")
+        made = self.a_cache()
+        self.fill(made, range(1))
+        self.assertEqual([0], self.found(made, 0))
+        self.assertTrue(os.path.exists(self.path))
+
+    def test_what_is_put_last_is_in_the_file_after_close(self):
+        """close() writes what waits, even if the file had not been opened yet."""
+        made = Cache(self.path, say=self.say)
+        for number in range(50):
+            self.put(made, number)
+        made.close(PATIENCE)
+        self.assertEqual(list(range(50)), self.found(self.a_cache(), *range(50)))
+        self.put(made, 99)
+        self.assertEqual([], self.found(made, 99))
+
+    def test_many_threads(self):
+        """Looking up and storing at the same time, from many threads, finds everything and raises nothing."""
+        made = self.a_cache()
+        failed: list[int] = []
+
+        def work(base: int) -> None:
+            for number in range(base, base + 100):
+                self.put(made, number, str(number))
+                entry = made.get(key_of(number), "fast-9b")
+                if entry is None or entry.document != str(number).encode():
+                    failed.append(number)
+
+        threads = [threading.Thread(target=work, args=(base * 1000,)) for base in range(8)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(PATIENCE)
+        self.assertEqual([], failed)
+        self.assertTrue(made.flush(PATIENCE))
+        stats = made.stats()
+        assert stats is not None
+        self.assertEqual((800, 0), (stats.entries, made.dropped))
+
+
+class Bounds(InFolder):
+    def test_the_least_recently_used_make_room(self):
+        """What was looked up stays, what was not goes, and the file stays near its bound."""
+        made = self.a_cache(max_size=1024 * 1024)
+        blob = os.urandom(4000).hex()
+        self.fill(made, range(20), blob)
+        for number in range(20, 1000, 20):
+            self.assertIsNotNone(made.get(key_of(0), "fast-9b"), f"forgotten before {number}")
+            self.fill(made, range(number, number + 20), blob)
+        stats = made.stats()
+        assert stats is not None
+        self.assertEqual([0], self.found(made, 0, 1, 2))
+        self.assertEqual([999], self.found(made, 999))
+        self.assertLess(os.path.getsize(self.path), 1024 * 1024 * 1.25)
+        self.assertGreater(stats.entries, 60)
+        self.assertEqual(1000 - stats.entries, stats.counts.evictions)
+
+    def test_old_entries_are_deleted(self):
+        """What is older than the lifetime leaves the file by itself."""
+        self.fill(self.a_cache(), range(600))
+        with closing(CacheFile(self.path, 5)) as file:
+            file.write([Row(key_of(1000), "fast-9b", time.time() - 90, "", b"{}")])
+        with (
+            mock.patch.object(time, "time", return_value=time.time() + 100),
+            closing(sqlite3.connect(self.path)) as db,
+        ):
+            made = Cache(self.path, lifetime=150, say=self.say)
+            self.addCleanup(made.close)
+            left = 601
+            while left > 600:
+                made.flush(PATIENCE)
+                (left,) = db.execute("SELECT count(*) FROM answers").fetchone()
+        self.assertEqual([0], self.found(made, 0, 1000))
+
+    def test_the_queue_is_bounded(self):
+        """What comes while the writer is far behind is dropped and counted; nobody waits."""
+        self.enterContext(mock.patch.object(cache, "WRITE_PATIENCE", 0.01))
+        with mock.patch.object(cache, "MAX_WAITING", 5), closing(self.locked_out()):
+            made = self.a_cache()
+            for number in range(8):
+                self.put(made, number)
+            self.assertEqual((3, [0, 1, 2, 3, 4]), (made.dropped, self.found(made, *range(8))))
+            with mock.patch.object(cache, "MAX_WAITING_BYTES", 10):
+                self.put(made, 4, "x" * 20)
+            self.assertEqual(4, made.dropped)
+
+    def test_one_answer_must_not_take_the_whole_file(self):
+        """An eighth is the most."""
+        made = self.a_cache(max_size=80_000)
+        self.put(made, 1, "x" * 10_001)
+        self.assertEqual((1, []), (made.dropped, self.found(made, 1)))
+
+    def locked_out(self) -> sqlite3.Connection:
+        """A connection that nobody else gets past, on a file of ours."""
+        CacheFile(self.path, 5).close()
+        db = sqlite3.connect(self.path, isolation_level=None)
+        db.execute("PRAGMA locking_mode = EXCLUSIVE").fetchone()
+        db.execute("BEGIN EXCLUSIVE")
+        return db
+
+
+class Counting(InFolder):
+    def test_hits_misses_and_stores_are_kept_by_model(self):
+        """They outlive the daemon."""
+        made = self.a_cache()
+        self.put(made, 1)
+        self.put(made, 2, model="embed")
+        for number, model in ((1, "fast-9b"), (1, "fast-9b"), (7, "fast-9b"), (2, "embed")):
+            made.get(key_of(number), model)
+        self.assertTrue(made.flush(PATIENCE))
+        made.close()
+        stats = self.a_cache().stats()
+        assert stats is not None
+        self.assertEqual(Counts(hits=2, misses=1, stores=1), stats.models["fast-9b"].counts)
+        self.assertEqual(Counts(hits=3, misses=1, stores=2), stats.counts)
+        self.assertEqual((2, 0.75), (stats.entries, stats.counts.hit_rate))
+        assert stats.oldest is not None
+        self.assertLess(time.time() - stats.oldest, PATIENCE)
+        self.assertIsNone(Counts().hit_rate)
+
+    def test_puts_tells_whether_a_miss_may_be_out_of_date(self):
+        """It changes with each answer that is handed in, and with nothing else."""
+        made = self.a_cache()
+        before = made.puts
+        made.get(key_of(1), "fast-9b")
+        self.assertEqual(before, made.puts)
+        self.put(made, 1)
+        self.assertNotEqual(before, made.puts)
+
+    def test_looking_up_writes_nothing(self):
+        """A hit is only noted; the file has it with the next write."""
+        made = self.a_cache()
+        self.fill(made, range(1))
+        size = os.path.getsize(self.path + "-wal")
+        for _ in range(100):
+            made.get(key_of(0), "fast-9b")
+        self.assertEqual(size, os.path.getsize(self.path + "-wal"))
+        self.assertTrue(made.flush(PATIENCE))
+        self.assertLess(size, os.path.getsize(self.path + "-wal"))
+
+
+class Trouble(InFolder):
+    def test_kill_9_in_the_middle_of_writing(self):
+        """Everything that was reported as stored is there, and the file is whole."""
+        program = (
+            "import sys\nfrom tests.test_cache import *\n"
+            f"made = Cache({self.path!r})\n"
+            "for number in range(100_000):\n"
+            "    made.put(key_of(number), lambda: b'x' * 2000, model='fast-9b', size=2000)\n"
+            "    if number % 7 == 0:\n"
+            "        assert made.flush(20)\n"
+            "        print(number, flush=True)\n"
+        )
+        child = subprocess.Popen([sys.executable, "-c", program], cwd=ROOT, stdout=subprocess.PIPE, text=True)
+        assert child.stdout is not None
+        with child, child.stdout:
+            last = -1
+            while last < 1000:
+                last = int(child.stdout.readline())
+            child.kill()
+            last = (
+                [last] + [int(line) for line in child.stdout.read().splitlines(keepends=True) if line.endswith("\n")]
+            )[-1]
+        self.assertEqual(-signal.SIGKILL, child.returncode)
+        made = self.a_cache()
+        self.assertEqual(list(range(last + 1)), self.found(made, *range(last + 1)))
+        self.assertEqual("", made.problem)
+        with closing(sqlite3.connect(self.path)) as db:
+            self.assertEqual("ok", db.execute("PRAGMA integrity_check").fetchone()[0])
+
+    def test_a_file_of_a_newer_version_is_left_alone(self):
+        """The cache is off, says so, and takes nothing in; the file's bytes are as they were."""
+        CacheFile(self.path, 5).close()
+        with closing(sqlite3.connect(self.path)) as db:
+            db.execute(f"PRAGMA user_version = {len(cache_file.MIGRATIONS) + 1}")
+        before = Path(self.path).read_bytes()
+        made = self.a_cache()
+        self.put(made, 1)
+        self.assertIn("newer Portway", made.problem)
+        self.assertEqual([], self.found(made, 1))
+        made.close()
+        self.assertEqual(before, Path(self.path).read_bytes())
+        self.assertEqual([made.problem], self.said)
+
+    def test_another_programs_database_is_left_alone(self):
+        """A path given by mistake costs nobody's data."""
+        os.makedirs(os.path.dirname(self.path))
+        with closing(sqlite3.connect(self.path)) as db:
+            db.execute("CREATE TABLE theirs (a)")
+        before = Path(self.path).read_bytes()
+        made = self.a_cache()
+        self.assertIn("another program", made.problem)
+        made.close()
+        self.assertEqual(before, Path(self.path).read_bytes())
+
+    def test_a_file_that_is_no_database_is_set_aside(self):
+        """It is kept, a new one begun at once, and that is said."""
+        os.makedirs(os.path.dirname(self.path))
+        Path(self.path).write_bytes(b"not a database " * 1000)
+        made = self.a_cache()
+        self.fill(made, range(3))
+        self.assertEqual([0, 1, 2], self.found(made, 0, 1, 2))
+        (kept,) = cache_file.aside(self.path)
+        self.assertEqual(b"not a database " * 1000, Path(kept).read_bytes())
+        self.assertEqual(("", [made.notice]), (made.problem, self.said))
+        self.assertIn(kept, made.notice)
+
+    def test_a_file_that_becomes_corrupt_is_set_aside(self):
+        """A look-up that meets torn pages is a miss; the next answers go to a new file."""
+        first = self.a_cache()
+        self.fill(first, range(300), os.urandom(1000).hex())
+        first.close()
+        with open(self.path, "r+b") as file:
+            file.seek(cache_file.PAGE)
+            file.write(os.urandom(os.path.getsize(self.path) - cache_file.PAGE))
+        made = self.a_cache()
+        self.found(made, *range(300))
+        self.wait_for_word("corrupt")
+        self.fill(made, range(1000, 1003))
+        self.assertEqual([1000, 1001, 1002], self.found(made, 1000, 1001, 1002))
+        self.assertEqual(1, len(cache_file.aside(self.path)))
+
+    def test_a_damaged_document_is_a_miss(self):
+        """It does not stop the cache, and the next answer takes its place."""
+        made = self.a_cache()
+        self.fill(made, range(2), "text " * 1000)
+        with closing(sqlite3.connect(self.path)) as db, db:
+            db.execute("UPDATE answers SET document = x'00' WHERE key = ?", (key_of(1),))
+        self.assertEqual([0], self.found(made, 0, 1))
+        self.assertEqual("", made.problem)
+        self.fill(made, range(1, 2))
+        self.assertEqual([1], self.found(made, 1))
+
+    def test_a_locked_file_costs_a_request_no_time(self):
+        """While another process holds it there is no cache but in memory; then everything is stored."""
+        program = (
+            "import sqlite3, sys\n"
+            f"db = sqlite3.connect({self.path!r}, isolation_level=None)\n"
+            "db.execute('PRAGMA locking_mode = EXCLUSIVE').fetchone()\ndb.execute('BEGIN EXCLUSIVE')\n"
+            "print('locked', flush=True)\nsys.stdin.read()\n"
+        )
+        CacheFile(self.path, 5).close()
+        with (
+            subprocess.Popen([sys.executable, "-c", program], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as holder,
+            mock.patch.object(cache, "WRITE_PATIENCE", 0.01),
+        ):
+            assert holder.stdin is not None and holder.stdout is not None
+            holder.stdout.readline()
+            made = self.a_cache()
+            self.put(made, 1)
+            self.assertIn("locked", made.problem)
+            started = time.monotonic()
+            self.assertEqual([1], self.found(made, *range(500)))
+            self.assertLess(time.monotonic() - started, 2.0)  # 500 waits of 5 ms would be 2.5 s
+            self.assertFalse(made.flush(0.05))
+            holder.stdin.close()
+        self.wait_for_word("works again")
+        self.assertTrue(made.flush(PATIENCE))
+        self.assertEqual("", made.problem)
+        made.close()
+        self.assertEqual([1], self.found(self.a_cache(), 1))
+
+    def test_a_full_disk(self):
+        """Requests go on, `problem` says why, and when there is room again all is stored."""
+        program = (
+            "import resource\nfrom tests.test_cache import *\n"
+            f"made = Cache({self.path!r}, say=print)\nassert made.flush(20)\n"
+            "resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, resource.RLIM_INFINITY))\n"
+            "blob = os.urandom(1000)\n"
+            "for number in range(500):\n"
+            "    made.put(key_of(number), lambda: blob, model='fast-9b', size=1000)\n"
+            "assert not made.flush(1)\n"
+            "assert 'disk' in made.problem, made.problem\n"
+            "assert made.get(key_of(499), 'fast-9b') is not None\n"
+            "resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))\n"
+            "assert made.flush(20) and not made.problem\n"
+            "made.close()\n"
+        )
+        done = subprocess.run(
+            [sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, timeout=60, check=False
+        )
+        self.assertEqual((0, ""), (done.returncode, done.stderr))
+        self.assertIn("works again", done.stdout)
+        self.assertEqual(list(range(500)), self.found(self.a_cache(), *range(500)))
+
+    def test_a_folder_that_may_not_be_written(self):
+        """Also root is somebody else here, so that the rights count."""
+        os.mkdir(os.path.join(self.folder, "closed"))
+        program = (
+            "import os, tempfile\nfrom tests.test_cache import *\n"
+            f"os.chmod({self.folder!r}, 0o755)\nos.chmod({self.folder!r} + '/closed', 0o555)\n"
+            "if os.getuid() == 0: os.seteuid(65534)\n"
+            f"made = Cache({self.folder!r} + '/closed/cache.sqlite3', say=print)\nmade.flush(20)\n"
+            "made.put(key_of(1), lambda: b'{}', model='m', size=2)\n"
+            "assert made.get(key_of(1), 'm') is not None\n"
+            "assert made.problem.endswith('Permission denied'), made.problem\nmade.close()\n"
+        )
+        done = subprocess.run(
+            [sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, timeout=60, check=False
+        )
+        self.assertEqual((0, ""), (done.returncode, done.stderr))
+
+    def test_a_folder_that_comes_later(self):
+        """A path through a file can't be; once it can, the cache works by itself."""
+        Path(self.folder, "deep").write_text("in the way", encoding="utf-8")
+        made = self.a_cache()
+        self.assertIn("can't be used", made.problem)
+        self.put(made, 1)
+        os.unlink(os.path.join(self.folder, "deep"))
+        self.wait_for_word("works again")
+        self.assertTrue(made.flush(PATIENCE))
+        self.assertTrue(os.path.exists(self.path))
+
+    def test_a_file_that_is_removed_is_begun_anew(self):
+        """Deleting it is a way to purge, with the daemon running."""
+        made = self.a_cache()
+        self.fill(made, range(3))
+        for suffix in ("", "-wal", "-shm"):
+            os.unlink(self.path + suffix)
+        self.fill(made, range(10, 12))
+        self.assertEqual([10, 11], self.found(made, 0, 1, 2, 10, 11))
+        self.assertTrue(os.path.exists(self.path))
+
+    def test_a_mistake_in_portway_only_ends_the_cache(self):
+        """The writer's death shows, and requests go on."""
+        made = self.a_cache()
+        died = threading.Event()
+        with mock.patch.object(threading, "excepthook", lambda _: died.set()):
+            made.put(key_of(1), lambda: bytes(1 // 0), model="m", size=1)
+            self.assertTrue(died.wait(PATIENCE))
+            made._writer.join(PATIENCE)
+        self.assertIn("stopped", made.problem)
+        self.put(made, 2)
+        self.assertEqual([], self.found(made, 1, 2))
+
+
+class Commands(InFolder):
+    def run_cli(self, *words: str) -> tuple[int, str, str]:
+        out, err = io.StringIO(), io.StringIO()
+        with redirect_stdout(out), redirect_stderr(err):
+            status = cache_cli.main(words, self.path)
+        return status, out.getvalue(), err.getvalue()
+
+    def test_nothing_yet(self):
+        """Asking makes no file."""
+        status, out, _ = self.run_cli()
+        self.assertEqual((0, f"{self.path}: nothing stored yet\n"), (status, out))
+        self.assertEqual((0, "0 entries deleted\n", ""), self.run_cli("purge"))
+        self.assertFalse(os.path.exists(self.path))
+
+    def test_what_is_shown(self):
+        """Entries, size, hit rate, age of the oldest; each model in a row."""
+        made = self.a_cache()
+        self.put(made, 1)
+        self.found(made, 1, 2)
+        made.close()
+        with closing(CacheFile(self.path, 5)) as file:
+            file.write([Row(key_of(5), "embed", time.time() - 3 * 86_400, "", b"{}")])
+        status, out, _ = self.run_cli()
+        self.assertEqual(0, status)
+        self.assertRegex(out, r"cache.sqlite3: 2 entries, [0-9.]+ KB on disk, the oldest 3 days old\n")
+        self.assertIn("hit rate 50.0%: 1 of 2 look-ups\n", out)
+        self.assertRegex(out, r"fast-9b +1 +1 B +1 +1 +50.0%\n")
+        self.assertRegex(out, r"embed +1 +2 B +0 +0 +-\n")
+
+    def test_purge(self):
+        """By model, by age, or all, which begins the counts anew and takes corrupt files along."""
+        old = time.time() - 8 * 86_400
+        with closing(CacheFile(self.path, 5)) as file:
+            rows = [
+                Row(key_of(number), "fast-9b", old if number < 3 else time.time(), "", b"secret")
+                for number in range(600)
+            ]
+            file.write([*rows, Row(key_of(1000), "embed", time.time(), "", b"{}")])
+        Path(self.path + ".corrupt-1").write_text("x", encoding="utf-8")
+        self.assertEqual((0, "3 entries deleted\n", ""), self.run_cli("purge", "--older-than", "7d"))
+        self.assertEqual((0, "1 entry deleted\n", ""), self.run_cli("purge", "--model=embed"))
+        self.assertTrue(os.path.exists(self.path + ".corrupt-1"))
+        status, out, _ = self.run_cli("purge")
+        self.assertEqual((0, f"597 entries deleted\n{self.path}.corrupt-1 deleted\n"), (status, out))
+        with closing(CacheFile(self.path, 5)) as file:
+            self.assertEqual((0, {}), (file.stats().entries, file.stats().models))
+        self.assertNotIn(b"secret", Path(self.path).read_bytes())
+        self.assertEqual([], cache_file.aside(self.path))
+
+    def test_a_running_cache_sees_a_purge(self):
+        """What was deleted by another process is a miss."""
+        made = self.a_cache()
+        self.fill(made, range(3))
+        self.assertEqual(0, self.run_cli("purge")[0])
+        self.assertEqual([], self.found(made, 0, 1, 2))
+        self.fill(made, range(3))
+        self.assertEqual(3, made.purge(model="fast-9b"))
+        self.assertEqual([], self.found(made, 0, 1, 2))
+
+    def test_off_and_on(self):
+        """Off, nothing is found or stored; on again, what was stored is back."""
+        made = self.a_cache()
+        self.fill(made, range(3))
+        self.assertEqual(0, self.run_cli("off")[0])
+        made.flush(PATIENCE)
+        self.assertIn("turned off", made.problem)
+        self.put(made, 5)
+        self.assertEqual([], self.found(made, 0, 5))
+        self.assertIn("turned off", self.run_cli()[1])
+        self.assertEqual(0, self.run_cli("on")[0])
+        self.wait_for_word("works again")
+        self.assertEqual([0], self.found(made, 0, 5))
+        self.assertIn("not turned off", self.run_cli("on")[1])
+
+    def test_what_is_not_understood(self):
+        """Exit code 2 and a sentence; what the file refuses is 1."""
+        for words in (
+            ["clear"],
+            ["purge", "--all"],
+            ["purge", "--older-than", "7"],
+            ["purge", "--model"],
+            ["off", "x"],
+        ):
+            with self.subTest(words):
+                status, out, err = self.run_cli(*words)
+                self.assertEqual((2, ""), (status, out))
+                self.assertIn("see `portway cache --help`", err)
+        os.makedirs(os.path.dirname(self.path))
+        Path(self.path).write_bytes(b"not a database " * 1000)
+        status, _, err = self.run_cli()
+        self.assertEqual(1, status)
+        self.assertIn("not a database", err)
+        self.assertEqual((0, cache_cli.HELP, ""), self.run_cli("--help"))
+
+
+class Files(InFolder):
+    def test_a_transaction_is_whole_or_not_at_all(self):
+        """An error in the middle leaves nothing behind, and the file usable."""
+        with closing(CacheFile(self.path, 5)) as file:
+            nobody: Any = None
+            bad = Row(key_of(2), nobody, time.time(), "", b"x")
+            with self.assertRaises(sqlite3.IntegrityError):
+                file.write([Row(key_of(1), "m", time.time(), "", b"x"), bad])
+            self.assertEqual(0, file.stats().entries)
+            file.write([Row(key_of(1), "m", time.time(), "", b"x")])
+            self.assertEqual(1, file.stats().entries)
+
+    def test_a_purge_gives_room_back(self):
+        """The file shrinks on disk."""
+        with closing(CacheFile(self.path, 5)) as file:
+            file.write([Row(key_of(number), "m", time.time(), "", os.urandom(5000)) for number in range(400)])
+            before = file.stats().size
+            self.assertEqual(400, file.purge())
+            self.assertLess(file.stats().size, before / 10)
+
+    def test_errors_in_words(self):
+        """Each says what is wrong with the file."""
+        self.assertEqual("is odd", cache_file.describe(Unusable("is odd")))
+        self.assertIn("No space", cache_file.describe(OSError(28, "No space left on device")))
+
+    def test_migrations_are_numbered(self):
+        """m001, m002, ...: a file's user_version counts them."""
+        numbers = [int(step.__name__[1:4]) for step in cache_file.MIGRATIONS]
+        self.assertEqual(list(range(1, len(numbers) + 1)), numbers)
+        with closing(CacheFile(self.path, 5)), closing(sqlite3.connect(self.path)) as db:
+            self.assertEqual(len(numbers), db.execute("PRAGMA user_version").fetchone()[0])
+
+
+if __name__ == "__main__":
+    unittest.main()
