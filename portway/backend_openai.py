@@ -2,124 +2,161 @@
 
 A request goes through as it came but for what Portway owns: the model's name, the model's `params`
 where the client is silent, and `stream_options.include_usage`. An answer comes back as it is but
-for the model's name, one id and one `created` a stream, and `reasoning` beside `reasoning_content`.
-Bytes that need no change are not parsed: a request is spliced, and a stream's chunks, once their
-shape is known from the first one, are only searched for what would make them special.
+for the model's name, one id and one `created` a stream, and thinking, which stands under both its
+names and never in the text. Bytes that need no change are not parsed: a request is spliced, and a
+stream's chunks, once their shape is known, are only searched for what would make them special.
 """
 
 from __future__ import annotations
 
 import re
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 from portway.call import Tally
 from portway.errors import BackendError
-from portway.failures import classify, in_stream, is_loading, read_error
+from portway.failures import in_stream
+from portway.think_tags import OPEN, ThinkTags
 from portway.transport import Patience, Pool, Reply
-from portway.upstream import MAX_ERROR, error_of, request_head
+from portway.upstream import MAX_ERROR, broken_once_begun, error_of, request_head
 from portway.wire import DONE, SSEReader, WireError, dumps, loads, sse
 
 if TYPE_CHECKING:
     from portway.call import Call, Limits, Watch
     from portway.config import Backend, Model
 
-PATHS = {"chat": "/v1/chat/completions", "completions": "/v1/completions", "embeddings": "/v1/embeddings"}
+PATHS: Mapping[str, str] = {
+    "chat": "/v1/chat/completions",
+    "completions": "/v1/completions",
+    "embeddings": "/v1/embeddings",
+}
 LOADING_PAUSE = 0.25  # seconds between two questions to a server that says "Loading model"; it offers no event
+LOADING_AGAIN = 10.0  # seconds after which a client may ask again for a model that is still being loaded
 MAX_KEPT = 4 * 1024 * 1024  # bytes of relayed chunks kept for counting after the end
-MAY_BE_EMPTY = ("length", "content_filter")  # finish reasons that explain an answer without content
-
-_MODEL_MEMBER = re.compile(rb'"model"\s*:\s*"(?:[^"\\]|\\.)*"')
-_ESCAPED_KEY = b"\\u006"  # how each letter of "model" begins when written as an escape
 
 
 class OpenAIBackend:
     """`open` a Call on one server."""
 
     def __init__(self, backend: Backend) -> None:
-        self._backend = backend
         self._pool = Pool(backend)
         self._heads = {endpoint: request_head(backend, path) for endpoint, path in PATHS.items()}
 
     def open(self, call: Call, target: Model, limits: Limits, watch: Watch) -> OpenAIAnswer:
         """Send it and return once a successful answer's head is in. Raises BackendError, ClientGone."""
-        body = request_body(call, target)
+        body, warnings = request_body(call, target)
         request = b"%s%d\r\n\r\n%s" % (self._heads[call.endpoint], len(body), body)
-        load_until = min(time.monotonic() + limits.load, limits.answer_by)
+        if not call.stream:
+            watch.phase = "prompt"  # of a plain answer there is nothing to see before its end
+        started = time.monotonic()
+        load_until = min(started + limits.load, limits.answer_by)
         while True:
             patience = Patience(limits, plain=not call.stream)
             reply = self._pool.exchange(request, limits, watch, patience)
             if reply.head.status == 200:
                 watch.phase = "prompt"
-                return OpenAIAnswer(call, target, reply, patience)
+                return OpenAIAnswer(call, target, reply, patience, warnings)
             error = error_of(reply, target.model, target.backend)
-            if not is_loading(reply.head.status, error.message):
+            if error.reason != "loading_timeout":
                 raise error
-            if time.monotonic() >= load_until:
-                raise BackendError("loading_timeout", f"still loading after {limits.load:g} s", retry_after=10)
+            now = time.monotonic()
+            if now >= load_until:
+                message = f"still loading its model after {now - started:.1f} s"
+                raise BackendError("loading_timeout", message, retry_after=LOADING_AGAIN)
             watch.phase = "loading"
-            watch.pause(min(time.monotonic() + LOADING_PAUSE, load_until))
+            watch.pause(min(now + LOADING_PAUSE, load_until))
 
     def close(self) -> None:
+        """See Backend.close (call.py)."""
         self._pool.close()
 
 
 # --- the request ----------------------------------------------------------------------------------
 
+_MODEL_MEMBER = re.compile(rb'"model"\s*:\s*"(?:[^"\\]|\\.)*"')
+_ESCAPED_KEY = b"\\u006"  # how each letter of "model" begins when written as an escape
+_LIMITS = ("max_tokens", "max_completion_tokens", "n_predict")  # the last one is llama-server's own
 
-def request_body(call: Call, target: Model) -> bytes:
-    """The client's body with Portway's changes; the client's own bytes wherever that is possible."""
-    changes: dict[str, Any] = {key: value for key, value in target.params.items() if key not in call.body}
-    if call.stream and call.endpoint != "embeddings":
-        options = call.body.get("stream_options")
-        if not (isinstance(options, dict) and options.get("include_usage") is True):
-            changes["stream_options"] = {**(options if isinstance(options, dict) else {}), "include_usage": True}
-    if target.think is not None and call.endpoint == "chat":
-        changes.update(_thinking(call.body, target.think))
-    changes.update(_ceiling(call.body, target.max_tokens))
-    if any(key in call.body for key in changes):
-        return dumps({**call.body, **changes, "model": target.model})
-    return splice(call.raw, call.body, target.model, changes)
+
+def request_body(call: Call, target: Model) -> tuple[bytes, list[str]]:
+    """(the client's body with Portway's changes, warnings); the client's own bytes wherever that is possible."""
+    asked, warnings = call.body, []
+    changes = {key: value for key, value in target.params.items() if asked.get(key) is None}
+    if call.stream:
+        changes |= _usage_wanted(asked.get("stream_options"))
+    if call.endpoint == "chat":
+        changes |= _thinking({**asked, **changes}, asked, target.think)
+        if target.merge_system:
+            changes |= _merged(asked["messages"])
+    if call.endpoint != "embeddings" and target.max_tokens is not None:
+        capped = _capped({**asked, **changes}, target.max_tokens)
+        if any(asked.get(key) is not None for key in capped):
+            warnings.append("capped(max_tokens)")
+        changes |= capped
+    if any(key in asked for key in changes):
+        return dumps({**asked, **changes, "model": target.model}), warnings
+    return splice(call.raw, asked, target.model, changes), warnings
 
 
 def splice(raw: bytes, body: dict[str, Any], model: str, additions: dict[str, Any]) -> bytes:
-    """`raw` with another model and with members that it lacks, else untouched.
+    """`raw`, which is `body`, with another model and with members that it lacks, else untouched.
 
-    Only where the model's one member can be told from the bytes: `"model"` stands once, and no
-    key is written with escapes. Else the whole body is written anew.
+    Only where the model's one member can be told from the bytes: it is there, `"model"` stands once,
+    and no key is written with escapes. Else the whole body is written anew.
     """
-    found = _MODEL_MEMBER.search(raw) if raw.count(b'"model"') == 1 and _ESCAPED_KEY not in raw else None
-    start = raw.find(b"{")
+    plain = isinstance(body.get("model"), str) and raw.count(b'"model"') == 1 and _ESCAPED_KEY not in raw
+    found = _MODEL_MEMBER.search(raw) if plain else None
     if found is None:
         return dumps({**body, **additions, "model": model})
-    added = dumps(additions)[1:-1] + b"," if additions else b""
-    return b"%s%s%s\"model\":%s%s" % (
-        raw[: start + 1],
-        added,
+    start = raw.index(b"{")  # after a byte order mark, maybe
+    return b'{%s%s"model":%s%s' % (
+        dumps(additions)[1:-1] + b"," if additions else b"",
         raw[start + 1 : found.start()],
         dumps(model),
         raw[found.end() :],
     )
 
 
-def _thinking(body: dict[str, Any], think: bool | str) -> dict[str, Any]:
+def _usage_wanted(options: Any) -> dict[str, Any]:
+    """Usage is always asked for, so that it is known."""
+    options = options or {}
+    return {} if options.get("include_usage") else {"stream_options": {**options, "include_usage": True}}
+
+
+def _thinking(body: Mapping[str, Any], asked: Mapping[str, Any], think: bool | str | None) -> dict[str, Any]:
     """How the configured `think` is told: a level is OpenAI's reasoning_effort, on and off are the
     chat template's enable_thinking (llama-server, vLLM). A client that says either itself is left alone."""
-    if "reasoning_effort" in body or "chat_template_kwargs" in body:
+    if think is None or asked.get("reasoning_effort") is not None or asked.get("chat_template_kwargs") is not None:
         return {}
     if isinstance(think, str):
         return {"reasoning_effort": think}
-    return {"chat_template_kwargs": {"enable_thinking": think}}
+    return {"chat_template_kwargs": {**(body.get("chat_template_kwargs") or {}), "enable_thinking": think}}
 
 
-def _ceiling(body: dict[str, Any], most: int | None) -> dict[str, Any]:
-    """`max_tokens` of the model, where the client asks for more or says nothing."""
-    if most is None:
+def _merged(messages: list[dict[str, Any]]) -> dict[str, Any]:
+    """All system messages as one first one, for templates that refuse a later or a second one."""
+    system = [message for message in messages if message["role"] in ("system", "developer")]
+    if not system or (len(system) == 1 and messages[0] is system[0]):
         return {}
-    key = "max_completion_tokens" if "max_completion_tokens" in body else "max_tokens"
-    asked = body.get(key)
-    return {} if isinstance(asked, int) and asked <= most else {key: most}
+    others = [message for message in messages if message["role"] not in ("system", "developer")]
+    text = "\n\n".join(_text(message.get("content")) for message in system)
+    return {"messages": [{"role": "system", "content": text}, *others]}
+
+
+def _text(content: Any) -> str:
+    if not isinstance(content, list):
+        return content if isinstance(content, str) else ""
+    return "\n".join(part["text"] for part in content if isinstance(part, dict) and isinstance(part.get("text"), str))
+
+
+def _capped(body: Mapping[str, Any], most: int) -> dict[str, int]:
+    """`max_tokens` of the model, where more is asked for (-1: no limit) or nothing is said."""
+    said = {key: body[key] for key in _LIMITS if body.get(key) is not None}
+    if not said:
+        return {"max_tokens": most}
+    numbers = {key: value for key, value in said.items() if isinstance(value, int | float)}
+    return {key: most for key, value in numbers.items() if not 0 <= value <= most}
 
 
 # --- the answer -----------------------------------------------------------------------------------
@@ -128,127 +165,134 @@ def _ceiling(body: dict[str, Any], most: int | None) -> dict[str, Any]:
 class OpenAIAnswer:
     """An Answer (call.py) read from an OpenAI server."""
 
-    def __init__(self, call: Call, target: Model, reply: Reply, patience: Patience) -> None:
+    def __init__(self, call: Call, target: Model, reply: Reply, patience: Patience, warnings: list[str]) -> None:
         self.tally = Tally()
-        self.warnings: list[str] = []
+        self.warnings = warnings
         self._call = call
         self._target = target
         self._reply = reply
         self._patience = patience
         self._relay = _Relay(call, target, self.tally)
-        self._committed = False
-        self._ended = False
 
     def whole(self) -> bytes:
-        """The plain answer with the logical model's name. Raises BackendError."""
+        """See Answer.whole."""
         raw = self._reply.read_all()
-        try:
-            body = loads(raw)
-        except WireError as exc:
-            raise BackendError("bad_answer", f"the answer is {exc}") from None
-        if not isinstance(body, dict):
-            raise BackendError("bad_answer", "the answer is not a JSON object")
-        if body.get("error") and not body.get("choices"):
-            raise in_stream(body["error"], model=self._target.model, backend=self._target.backend)
+        body = _document(raw, self._target)
+        changed = False
         if self._call.endpoint != "embeddings":
-            read_whole(body, self.tally, empty_ok="suffix" in self._call.body)
+            changed = read_whole(body, self.tally, chat=self._call.endpoint == "chat")
         elif not isinstance(body.get("data"), list):
             raise BackendError("bad_answer", "the answer has no `data`")
         read_usage(body, self.tally)
-        if add_reasoning_alias(body, "message"):
+        if _is_false(body.get("usage")):
+            del body["usage"]
+            changed = True
+        if changed:
             return dumps({**body, "model": self._target.name})
         return splice(raw, body, self._target.name, {})
 
     def pieces(self) -> Iterator[bytes]:
         """See Answer.pieces. A piece holds every event that one read gave: one write for all of them."""
-        if "event-stream" not in self._reply.head.headers.get("content-type", ""):
-            raise self._not_a_stream()
-        held: list[bytes] = []
-        for events in self._events():
-            frames = self._frames(events)
-            held.append(frames)
-            if self._committed or self._relay.content or self._ended:
-                self._patience.content()
-                self._committed = True
-                piece = b"".join(held)
-                held.clear()
-                if piece:
-                    yield piece
-            if self._ended:
-                return
+        return broken_once_begun(self._pieces(), self._target)
 
     def close(self) -> None:
         """See Answer.close; also completes the tally with what was relayed unread."""
-        if self._ended:
+        if self._relay.ended:
             self._reply.settle()
         self._reply.close()
         self._relay.count()
 
+    def _pieces(self) -> Iterator[bytes]:
+        if "event-stream" not in self._reply.head.headers.get("content-type", "event-stream").lower():
+            raise self._not_a_stream()
+        relay, held = self._relay, b""
+        for events in self._events():
+            frames, error = relay.frames(events)
+            held += frames
+            if held and (relay.content or relay.ended):
+                self._patience.content()
+                yield held
+                self._patience.content()  # the client may have taken its time over it
+                held = b""
+            if error:
+                raise error
+            if relay.ended:
+                return
+
     def _events(self) -> Iterator[list[bytes]]:
         """The data of the events, as they come; at the end of the connection [DONE] if it is due."""
         reader = SSEReader()
+        lost: BackendError | None = None
         try:
             while data := self._reply.read():
                 if events := reader.feed(data):
                     yield events
-            last = reader.finish()
-            yield [last] if last else []
+            if last := reader.finish():
+                yield [last]
         except WireError as exc:
-            raise self._broken("bad_answer", f"the stream is not what it should be: {exc}") from None
+            raise BackendError("bad_answer", f"the stream is not what it should be: {exc}") from None
         except BackendError as exc:
-            if exc.reason in ("connection_lost", "bad_answer"):
-                raise self._broken(exc.reason, exc.message) from exc
-            raise
+            if exc.reason != "connection_lost":
+                raise
+            lost = exc
         if self._relay.finished:  # some servers end without [DONE]
             yield [b"[DONE]"]
-        raise self._broken("connection_lost", "the stream ended before the answer did")
-
-    def _frames(self, events: list[bytes]) -> bytes:
-        relay = self._relay
-        frames = []
-        for data in events:
-            if data == b"[DONE]":
-                relay.check_end()
-                self._ended = True
-                frames.append(DONE)
-                break
-            try:
-                frames.append(relay.quick(data) or relay.frame(data))
-            except BackendError as exc:
-                raise self._broken(exc.reason, exc.message, exc) from None
-        return b"".join(frames)
-
-    def _broken(self, reason: str, message: str, error: BackendError | None = None) -> BackendError:
-        """Before the commit the error as it is, after it always `stream_broken`."""
-        if self._committed:
-            return BackendError("stream_broken", message, detail=reason)
-        return error or BackendError(reason, message)
+        if lost:
+            raise lost
+        if not self._relay.begun:
+            raise BackendError("empty_answer", "the stream is empty")
+        raise BackendError("connection_lost", "the stream ended before the answer did")
 
     def _not_a_stream(self) -> BackendError:
+        kind = self._reply.head.headers.get("content-type", "")
         raw = self._reply.read_all(MAX_ERROR)
-        message, type = read_error(raw)
-        if message:
-            return classify(500, message, model=self._target.model, backend=self._target.backend, type=type)
-        kind = self._reply.head.headers.get("content-type", "no content type")
+        if raw.lstrip()[:1] in (b"", b"{"):
+            _document(raw, self._target)  # an error, most likely
         return BackendError("bad_answer", f"not an event stream but {kind[:60]}")
 
 
 class _Relay:
-    """Turns one upstream chunk into what the client gets."""
+    """Turns upstream chunks into what the client gets."""
 
     def __init__(self, call: Call, target: Model, tally: Tally) -> None:
+        self.begun = False  # any chunk has been seen
+        self.content = False  # the first content has been seen
+        self.ended = False  # [DONE] has been seen
         self._call = call
-        self._name = target.name
         self._target = target
         self._tally = tally
+        self._chat = call.endpoint == "chat"
+        self._count = _expected(call.body.get("n"))
+        self._finished: set[int] = set()  # the choices with a finish_reason
+        self._tags: dict[int, ThinkTags] = {}  # of the choices whose text may still begin with a tag
+        self._settled: set[int] = set()  # the choices whose text can't any more
         self._id: Any = None
         self._created: Any = None
+        self._learned = False
         self._needles: tuple[bytes, ...] = ()
+        self._null_usage = False
         self._old_model = self._new_model = b""
         self._kept: list[bytes] = []
         self._kept_bytes = 0
-        self.content = False  # the first content has been seen
-        self.finished = False  # a finish_reason has been seen
+
+    @property
+    def finished(self) -> bool:
+        """Whether every choice has its finish_reason: the answer is whole, [DONE] or not."""
+        return len(self._finished) >= self._count
+
+    def frames(self, events: list[bytes]) -> tuple[bytes, BackendError | None]:
+        """The frames of some events, as far as one that is an error; what stands before it still counts."""
+        frames = []
+        error = None
+        try:
+            for data in events:
+                if data == b"[DONE]":
+                    frames.append(self.end())
+                    break
+                frames.append(self.quick(data) or self.frame(data))
+        except BackendError as exc:
+            error = exc
+        return b"".join(frames), error
 
     def quick(self, data: bytes) -> bytes | None:
         """The frame of a chunk that is like the ones before it and only needs the model's name;
@@ -257,134 +301,249 @@ class _Relay:
         for needle in self._needles:
             if needle not in data:
                 return None
-        if not self._needles or b'"error"' in data or b'"usage":{' in data or b'"reasoning' in data:
+        if not self._needles or b'"error"' in data or b'"reasoning' in data or data.count(self._old_model) != 1:
+            return None
+        if (b'"usage"' in data) is not self._null_usage or b"\n" in data or data[0] != 0x7B:
             return None
         if self._kept_bytes < MAX_KEPT:
             self._kept.append(data)
             self._kept_bytes += len(data)
-        return b"data: %s\n\n" % data.replace(self._old_model, self._new_model, 1)
+        return b"data: %s\n\n" % data.replace(self._old_model, self._new_model)
 
     def frame(self, data: bytes) -> bytes:
         """The frame of any chunk; b"" if the client should not see it. Raises BackendError."""
-        try:
-            chunk = loads(data)
-        except WireError as exc:
-            raise BackendError("bad_answer", f"a chunk is {exc}") from None
-        if not isinstance(chunk, dict):
-            raise BackendError("bad_answer", "a chunk is not a JSON object")
-        if chunk.get("error"):
-            raise in_stream(chunk["error"], model=self._target.model, backend=self._target.backend)
-        choices = chunk.get("choices") or []
-        had_content = self.content
+        chunk = _document(data, self._target)
+        self.begun = True
+        choices = _choices(chunk)
         for choice in choices:
             self._look_at(choice)
-        if self.content and not had_content:
+        if self.content and not self._learned:
             self._learn(data, chunk)
         read_usage(chunk, self._tally)
-        if not self._call.include_usage and "usage" in chunk:
+        usage = chunk.get("usage")
+        if usage is not None and (not self._call.include_usage or _is_false(usage)):
             if not choices:
                 return b""
             del chunk["usage"]
         return sse(dumps(self._own(chunk)))
 
-    def check_end(self) -> None:
-        """[DONE] has come. Raises BackendError if that is no end of an answer."""
-        if self._tally.finish_reason not in MAY_BE_EMPTY and not self.content and "suffix" not in self._call.body:
+    def end(self) -> bytes:
+        """What [DONE] leads to. Raises BackendError if that is no end of an answer."""
+        frames = b""
+        for index, tags in self._tags.items():
+            thought, text = tags.flush()
+            if thought or text:  # a beginning of a tag, which now is none
+                choice = {"index": index, "delta": _delta(thought, text), "finish_reason": None}
+                frames += sse(dumps(self._own({"object": "chat.completion.chunk", "choices": [choice]})))
+                self.content = True
+        if self._chat and not self.content and not _may_be_empty(self._tally):
             raise BackendError("empty_answer", "the answer is empty")
+        self.ended = True
+        return frames + DONE
 
     def count(self) -> None:
-        """Add the characters of the chunks that `quick` relayed unread."""
+        """Add what the chunks hold that `quick` relayed unread."""
         kept, self._kept = self._kept, []
         for data in kept:
-            for choice in loads(data).get("choices") or []:
-                count_choice(choice, self._tally)
+            try:
+                for choice in _choices(loads(data)):
+                    count_choice(choice, self._tally)
+            except (WireError, BackendError):
+                continue  # it was relayed as it came, and what it is does not count any more
 
     def _look_at(self, choice: dict[str, Any]) -> None:
+        index = choice.get("index")
+        index = index if isinstance(index, int) else 0
+        if self._chat and index not in self._settled:
+            self._segregate(choice, index)
         if count_choice(choice, self._tally):
             self.content = True
         if choice.get("finish_reason"):
-            self.finished = True
+            self._finished.add(index)
+
+    def _segregate(self, choice: dict[str, Any], index: int) -> None:
+        """Take thinking out of the text, where a server without a reasoning parser leaves it."""
+        delta = choice.get("delta")
+        if not isinstance(delta, dict):
+            return
+        tags = self._tags.setdefault(index, ThinkTags())
+        content = delta.get("content")
+        if isinstance(content, str):
+            thought, text = tags.split(content)
+        elif content:  # a list of parts, say: nothing to split
+            thought, text = tags.flush()
+            tags.settled = True
+        else:
+            thought, text = "", ""
+        by_itself = bool(delta.get("reasoning_content") or delta.get("reasoning"))
+        if by_itself or choice.get("finish_reason"):
+            held_thought, held_text = tags.flush()
+            thought, text = thought + held_thought, text + held_text
+        if thought and not by_itself:
+            delta["reasoning_content"] = thought
+        if text or isinstance(content, str):
+            delta["content"] = text
+        if by_itself or tags.settled:
+            self._settled.add(index)
+            self._tags.pop(index)
 
     def _own(self, chunk: dict[str, Any]) -> dict[str, Any]:
+        """The chunk under the stream's one id and time, and the name of the model that serves."""
         if self._id is None:
             self._id, self._created = chunk.get("id") or self._call.id, chunk.get("created") or self._call.created
         add_reasoning_alias(chunk, "delta")
-        chunk["id"], chunk["created"], chunk["model"] = self._id, self._created, self._name
+        chunk["id"], chunk["created"], chunk["model"] = self._id, self._created, self._target.name
         return chunk
 
     def _learn(self, data: bytes, chunk: dict[str, Any]) -> None:
-        """Take the needles for `quick` from the first chunk with content."""
-        self._own(dict(chunk, choices=[]))
-        if chunk.get("id") != self._id or chunk.get("created") != self._created:
+        """Take the needles for `quick` from the first chunk with content, once no tag can come any more."""
+        if self._count > 1 or (self._chat and not self._settled):
             return
-        needles = []
-        for key, value in (("id", self._id), ("created", self._created), ("model", None), ("finish_reason", None)):
-            needle = _member(data, key, chunk.get("model") if key == "model" else value)
-            if needle is None:
-                return
-            needles.append(needle)
-        self._old_model = needles[2]
-        self._new_model = b'"model":' + dumps(self._name)
-        self._needles = tuple(needles)
+        self._learned = True
+        model = chunk.get("model")
+        self._null_usage = "usage" in chunk and chunk["usage"] is None
+        self._own(dict(chunk, choices=[]))
+        members = [("id", self._id), ("created", self._created), ("model", model), ("finish_reason", None)]
+        members += [("usage", None)] if self._null_usage else []
+        needles = [_member(data, key, value) for key, value in members]
+        if None in needles or chunk.get("id") != self._id or chunk.get("created") != self._created:
+            return
+        self._needles = tuple(needle for needle in needles if needle is not None)
+        self._old_model = self._needles[2]
+        self._new_model = b'"model":' + dumps(self._target.name)
 
 
 def _member(data: bytes, key: str, value: Any) -> bytes | None:
     """`"key":value` as it stands in `data`, with or without a space; None if it is not there."""
     for colon in (b":", b": "):
         needle = dumps(key) + colon + dumps(value)
+        end = data.find(needle) + len(needle)
         if needle in data:
-            return needle
+            return needle + data[end : end + 1] if isinstance(value, int) else needle  # 12 must not be found in 123
     return None
 
 
-def read_usage(body: dict[str, Any], tally: Tally) -> None:
+def _expected(n: Any) -> int:
+    """How many choices a request leads to."""
+    return n if isinstance(n, int) and n > 1 else 1
+
+
+# --- what stands in an answer ---------------------------------------------------------------------
+
+_CONTENT = ("content", "reasoning_content", "reasoning", "tool_calls", "function_call", "refusal", "audio", "images")
+
+
+def read_whole(body: dict[str, Any], tally: Tally, *, chat: bool) -> bool:
+    """Count a plain answer's choices; whether any was changed. Raises BackendError if it answers nothing.
+
+    A legacy completion may be empty: the text to fill in between two others often is.
+    """
+    choices = _choices(body)
+    if not choices:
+        raise BackendError("bad_answer", "the answer has no `choices`")
+    split = [_segregate_whole(choice) for choice in choices] if chat else []
+    content = [count_choice(choice, tally) for choice in choices]
+    if chat and not any(content) and not _may_be_empty(tally):
+        raise BackendError("empty_answer", "the answer is empty")
+    return add_reasoning_alias(body, "message") or any(split)
+
+
+def read_usage(body: Mapping[str, Any], tally: Tally) -> None:
     """Take the token counts from an answer's or a chunk's usage."""
     usage = body.get("usage")
-    if isinstance(usage, dict):
-        prompt, completion = usage.get("prompt_tokens"), usage.get("completion_tokens")
-        if isinstance(prompt, int):
-            tally.prompt_tokens = prompt
-        if isinstance(completion, int):
-            tally.completion_tokens = completion
+    if isinstance(usage, dict) and not _is_false(usage):
+        tally.prompt_tokens = _known(usage.get("prompt_tokens"), tally.prompt_tokens)
+        tally.completion_tokens = _known(usage.get("completion_tokens"), tally.completion_tokens)
     timings = body.get("timings")
-    if isinstance(timings, dict) and isinstance(timings.get("predicted_ms"), (int, float)):
+    if isinstance(timings, dict) and isinstance(timings.get("predicted_ms"), int | float):
         tally.decode_s = timings["predicted_ms"] / 1000
 
 
-def read_whole(body: dict[str, Any], tally: Tally, *, empty_ok: bool) -> None:
-    """Count a plain answer's choices. Raises BackendError if it answers nothing."""
-    choices = body.get("choices")
-    if not isinstance(choices, list) or not choices:
-        raise BackendError("bad_answer", "the answer has no `choices`")
-    content = [count_choice(choice, tally) for choice in choices]
-    if not any(content) and tally.finish_reason not in MAY_BE_EMPTY and not empty_ok:
-        raise BackendError("empty_answer", "the answer is empty")
-
-
-def count_choice(choice: Any, tally: Tally) -> bool:
+def count_choice(choice: Mapping[str, Any], tally: Tally) -> bool:
     """Count one choice of a chunk or an answer; whether it carries content."""
-    part = choice.get("delta") or choice.get("message") or {} if isinstance(choice, dict) else None
-    if not isinstance(part, dict):
-        raise BackendError("bad_answer", "a choice is not what it should be")
-    text = part.get("content") or choice.get("text") or ""
-    reasoning = part.get("reasoning_content") or part.get("reasoning") or ""
-    calls = part.get("tool_calls") or []
-    refusal = part.get("refusal") or ""
-    tally.content_chars += len(text) + len(refusal)
-    tally.reasoning_chars += len(reasoning)
-    tally.tool_calls += sum(1 for call in calls if isinstance(call, dict) and call.get("id"))
-    tally.finish_reason = choice.get("finish_reason") or tally.finish_reason
-    return bool(text or reasoning or calls or refusal)
+    part = choice.get("delta") or choice.get("message") or {}
+    tally.content_chars += _length(part.get("content")) + _length(choice.get("text")) + _length(part.get("refusal"))
+    tally.reasoning_chars += _length(part.get("reasoning_content") or part.get("reasoning"))
+    calls = part.get("tool_calls")
+    tally.tool_calls += sum(1 for call in _list(calls) if isinstance(call, dict) and call.get("id"))
+    reason = choice.get("finish_reason")
+    if reason and isinstance(reason, str):
+        tally.finish_reason = reason
+    return bool(choice.get("text")) or any(part.get(key) for key in _CONTENT)
 
 
-def add_reasoning_alias(body: dict[str, Any], part: str) -> bool:
+def add_reasoning_alias(body: Mapping[str, Any], part: str) -> bool:
     """Give reasoning under both of its names, `reasoning_content` and `reasoning`; whether any was there."""
     changed = False
-    for choice in body.get("choices") or []:
+    for choice in _list(body.get("choices")):
         message = choice.get(part)
-        if isinstance(message, dict):
-            text = message.get("reasoning_content") or message.get("reasoning")
-            if text:
-                message["reasoning_content"] = message["reasoning"] = text
-                changed = True
+        text = message.get("reasoning_content") or message.get("reasoning") if isinstance(message, dict) else None
+        if text:
+            message["reasoning_content"] = message["reasoning"] = text
+            changed = True
     return changed
+
+
+def _document(raw: bytes, target: Model) -> dict[str, Any]:
+    """An answer or a chunk of one. Raises BackendError, also for an error that came with status 200."""
+    if not raw.strip():
+        raise BackendError("empty_answer", "the answer has no body")
+    try:
+        body = loads(raw)
+    except WireError as exc:
+        raise BackendError("bad_answer", f"the answer is {exc}") from None
+    if not isinstance(body, dict):
+        raise BackendError("bad_answer", "the answer is not a JSON object")
+    error = body if body.get("object") == "error" else body.get("error")  # older vLLMs have no envelope
+    if error:
+        raise in_stream(error, model=target.model, backend=target.backend)
+    return body
+
+
+def _choices(body: Any) -> list[dict[str, Any]]:
+    """The choices, each with an object where the text should be. Raises BackendError for another shape."""
+    choices = body.get("choices") if isinstance(body, dict) else None
+    for choice in choices if isinstance(choices, list) else [choices] if choices else []:
+        parts: Iterable[Any] = (choice.get("delta"), choice.get("message")) if isinstance(choice, dict) else (choice,)
+        if not all(part is None or isinstance(part, dict) for part in parts):
+            raise BackendError("bad_answer", "`choices` is not what it should be")
+    return _list(choices)
+
+
+def _segregate_whole(choice: dict[str, Any]) -> bool:
+    """The same as _Relay does, for a plain answer; whether there was anything to do."""
+    message = choice.get("message") or {}
+    content = message.get("content")
+    if not isinstance(content, str) or not content.lstrip().startswith(OPEN) or message.get("reasoning_content"):
+        return False
+    tags = ThinkTags()
+    thought, text = tags.split(content)
+    rest = tags.flush()
+    message.update(_delta(thought + rest[0], text + rest[1]))
+    return True
+
+
+def _delta(thought: str, text: str) -> dict[str, str]:
+    return {"reasoning_content": thought, "content": text} if thought else {"content": text}
+
+
+def _may_be_empty(tally: Tally) -> bool:
+    """Whether the finish reason explains an answer without content."""
+    return tally.finish_reason in ("length", "content_filter")
+
+
+def _is_false(usage: Any) -> bool:
+    """Counts that are all zero: some servers send them where they did not count."""
+    return isinstance(usage, dict) and not usage.get("prompt_tokens") and not usage.get("completion_tokens")
+
+
+def _known(count: Any, before: int | None) -> int | None:
+    return count if isinstance(count, int) and count >= 0 else before
+
+
+def _length(text: Any) -> int:
+    return len(text) if isinstance(text, str) else 0
+
+
+def _list(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else []

@@ -128,9 +128,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 ASK_INSTALL_HELP = """\
 usage: portway ask-install [--bin FOLDER]
 
-Writes the command `ask` into FOLDER. It starts several times faster than the one
-that pip makes, because it reads no site-packages. Run it again after Portway or
-Python has moved. `ask --help` is its manual.
+Writes the command `ask` into FOLDER. It starts faster than the one that pip
+makes, because it reads no site-packages. Run it again after Portway or Python
+has moved. `ask --help` is its manual.
 
 Options:
   --bin FOLDER  where to, instead of ~/.local/bin
@@ -158,10 +158,6 @@ def _commands() -> dict[str, _Command]:
     }
 
 
-# commands that read their own words: name -> the module whose main(words) runs it
-_OWN_WORDS: Mapping[str, str] = {"standin": "standin", "stats": "stats", "cache": "cache_cli"}
-
-
 def _dispatch(words: list[str]) -> int:
     if not words:
         print(HELP, end="", file=sys.stderr)
@@ -171,11 +167,12 @@ def _dispatch(words: list[str]) -> int:
         return _show(HELP)
     if name == "--version":
         return _show(f"portway {__version__}\n")
-    if name in _OWN_WORDS:
-        return _own_words(_OWN_WORDS[name], rest)
+    own_words = {"standin": _standin, "stats": _stats, "cache": _cache}  # these read their words themselves
+    if name in own_words:
+        return own_words[name](rest)
     commands = _commands()
     if name not in commands:
-        raise _UsageError(_unknown("command", name, [*commands, *_OWN_WORDS, "--help", "--version"]))
+        raise _UsageError(_unknown("command", name, [*commands, *own_words, "--help", "--version"]))
     command = commands[name]
     if "--help" in rest or "-h" in rest:
         return _show(command.help)
@@ -228,10 +225,31 @@ def _ask_install(options: dict[str, Any]) -> int:
     return OK
 
 
-def _own_words(module: str, words: list[str]) -> int:
-    from importlib import import_module
+def _standin(words: list[str]) -> int:
+    from portway import standin
 
-    return int(import_module(f"portway.{module}").main(words))
+    return standin.main(words)
+
+
+def _stats(words: list[str]) -> int:
+    from portway import config, stats
+
+    try:
+        file = config.load(None, os.environ).log.file
+    except config.ConfigError as exc:
+        return _refuse(exc)
+    named = any(word.partition("=")[0] == "--log" for word in words)
+    return stats.main([*words, "--log", file] if file and not named else words)
+
+
+def _cache(words: list[str]) -> int:
+    from portway import cache_cli, cache_file, config
+
+    try:
+        file = config.load(None, os.environ).cache.file
+    except config.ConfigError as exc:
+        return _refuse(exc)
+    return cache_cli.main(words, file or cache_file.default_path(os.environ))
 
 
 def _show(text: str) -> int:

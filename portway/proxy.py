@@ -351,8 +351,11 @@ class Handler(BaseHTTPRequestHandler):
                 self.keep_alive = False
             except PortwayError as exc:
                 self._fail(exc)
-            except OSError as exc:
-                self._record.cancelled_in = "stalled" if isinstance(exc, BlockingIOError) else self.watch.phase
+            except BlockingIOError:
+                self._record.cancelled_in = "stalled"  # it is there and does not read
+                self.keep_alive = False
+            except OSError:
+                self._record.cancelled_in = self.watch.phase
                 self.keep_alive = False
             except Exception as exc:  # noqa: BLE001 - the last resort: logged with its id, never shown
                 self._fail(self.server.daemon.unforeseen(exc))

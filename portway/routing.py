@@ -11,42 +11,23 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from portway.call import Attempt, Limits, Served
 from portway.errors import BackendError, PortwayError
+from portway.fields import dotted
+from portway.request import has_images, prompt_chars
+from portway.wire import DONE
 
 if TYPE_CHECKING:
-    from portway.call import Backend, Call, Watch
+    from portway.call import Answer, Backend, Call, Watch
+    from portway.config import Backend as BackendConfig
     from portway.config import Config, Cooldown, Model
 
 # No tokenizer gets more than this out of running text on average (English is 4 to 5, code 3), so a
 # prompt of more than 8 * num_ctx characters can't fit. What is shorter is for the backend to count.
 MOST_CHARS_PER_TOKEN = 8
 SHORT = 5.0  # seconds an unreachable server is skipped: it is often just being started
-SKIPPED = ("cooling", "unsupported")  # reasons that say nothing of how the target is
-
-
-class ChainExhausted(PortwayError):
-    """No target answered. `attempts` and the message name each; status and code are those of the
-    first that was really tried. `body` is a backend's own error where the table says verbatim."""
-
-    def __init__(self, asked: Model, attempts: list[Attempt], errors: list[BackendError]) -> None:
-        decisive = next((error for error in errors if error.reason not in SKIPPED), errors[0])
-        waits = [error.retry_after for error in errors if error.retry_after is not None]
-        headers = {"x-should-retry": "false"}
-        if waits and decisive.status in (429, 503):
-            headers["Retry-After"] = str(max(1, round(min(waits))))
-        super().__init__(
-            _in_plain_words(asked, attempts, errors),
-            status=decisive.status,
-            type=decisive.type,
-            code=decisive.code,
-            param=decisive.param,
-            headers=headers,
-        )
-        self.attempts = attempts
-        self.body = decisive.body if len(errors) == 1 else None
 
 
 class Router:
@@ -62,6 +43,7 @@ class Router:
         cooling: Cooling,
         complete: Callable[[Model], Model] = lambda model: model,
     ) -> None:
+        cooling.adopt(config)
         self._config = config
         self._backends = backends
         self._cooling = cooling
@@ -73,74 +55,117 @@ class Router:
         Raises ChainExhausted, ClientGone, or ClientError where the call itself is at fault.
         """
         course = _Course(call, self._chain(call, fallback))
-        spare: list[Model] = []  # cooling, but nothing else is against them
+        cooling: list[Model] = []
         for target in course.targets():
-            wait = self._cooling.wait(target)
-            if wait is not None:
-                course.skip(target, "cooling", f"{wait:.0f}s left")
-                spare.append(target)
-                continue
-            served = self._attempt(course, target, watch)
-            if served is not None:
+            left = self._cooling.claim(target, course)
+            if left is not None:
+                course.skip(target, _still_cooling(left))
+                cooling.append(target)
+            elif served := self._attempt(course, target, watch):
                 return served
-        if spare and len(spare) == course.skipped == len(course.attempts):
-            served = self._attempt(course, self._cooling.least_recently_failed(spare), watch)
-            if served is not None:
+        if cooling and not course.tried:  # better than failing at once (litellm#3646)
+            target = self._cooling.least_recently_failed(cooling)
+            if served := self._attempt(course, target, watch):
                 return served
-        raise ChainExhausted(call.model, course.attempts, course.errors)
+        raise course.exhausted()
 
     def _chain(self, call: Call, fallback: bool) -> list[Model]:
         """Embeddings of two models do not compare, so a fallback would poison an index in silence."""
-        if not fallback or call.model.strict or call.endpoint == "embeddings":
-            return [self._complete(call.model)]
-        return [self._complete(member) for member in self._config.chain(call.model)]
+        alone = not fallback or call.endpoint == "embeddings"
+        members = [call.model] if alone else self._config.chain(call.model)
+        return [self._complete(member) for member in members]
 
     def _attempt(self, course: _Course, target: Model, watch: Watch) -> Served | None:
-        """Try one target; None if it failed in a way that lets the next one try."""
+        """Try one target; None if it failed before the first content."""
+        watch.phase = "waiting"
         started = time.monotonic()
-        limits = course.limits(target)
-        outcome: BackendError | None = None
         try:
-            served = _begin(self._backends[target.backend.name], course, target, limits, watch)
-        except BackendError as exc:
-            outcome = exc
-        except BaseException:
-            self._cooling.leave(target)
+            served = self._begin(course, target, watch)
+        except BackendError as error:
+            self._cooling.failed(target, error, course)
+            course.failed(target, error, time.monotonic() - started)
+            return None
+        except BaseException:  # the client left, or asks for what nobody could do: no word on the target
+            self._cooling.leave(target, course)
             raise
-        seconds = time.monotonic() - started
-        if outcome is None:
+        course.attempts.append(Attempt(target.name, "ok", time.monotonic() - started))
+        return served
+
+    def _begin(self, course: _Course, target: Model, watch: Watch) -> Served:
+        call = course.call
+        answer = self._backends[target.backend.name].open(call, target, course.limits(target), watch)
+        try:
+            if call.stream:
+                return self._streamed(course, target, answer)
+            whole = answer.whole()
+        except BaseException:
+            answer.close()
+            raise
+        self._cooling.succeeded(target)
+        return Served(target, answer, course.attempts, whole=whole)
+
+    def _streamed(self, course: _Course, target: Model, answer: Answer) -> Served:
+        pieces = self._followed(target, answer.pieces())
+        first = next(pieces)
+        return Served(target, answer, course.attempts, first=first, rest=pieces)
+
+    def _followed(self, target: Model, pieces: Iterator[bytes]) -> Iterator[bytes]:
+        """The pieces as they are; how the stream ends after its first one is still the target's success or failure."""
+        first = next(pieces)
+        if first.endswith(DONE):
             self._cooling.succeeded(target)
-            course.attempts.append(Attempt(target.name, "ok", seconds))
-            return served
-        self._cooling.failed(target, outcome)
-        course.failed(target, outcome, seconds)
-        return None
+        else:
+            self._cooling.answers(target)
+        yield first
+        try:
+            for piece in pieces:
+                if piece.endswith(DONE):
+                    self._cooling.succeeded(target)
+                yield piece
+        except BackendError as error:
+            self._cooling.failed(target, error)
+            raise
 
 
-def _begin(backend: Backend, course: _Course, target: Model, limits: Limits, watch: Watch) -> Served:
-    answer = backend.open(course.call, target, limits, watch)
-    try:
-        if not course.call.stream:
-            return Served(target, answer, course.attempts, whole=answer.whole())
-        pieces = answer.pieces()
-        return Served(target, answer, course.attempts, first=next(pieces), rest=pieces)
-    except BaseException:
-        answer.close()
-        raise
+class ChainExhausted(PortwayError):
+    """No target answered. `attempts` and the message name each; status and code are those of `decisive`.
+    `body` is the backend's own error where the table says verbatim."""
+
+    def __init__(
+        self, asked: Model, attempts: list[Attempt], failures: list[tuple[Model, BackendError]], decisive: BackendError
+    ) -> None:
+        headers = {"x-should-retry": "false"}
+        waits = [error.retry_after for _, error in failures if error.retry_after is not None]
+        if waits and decisive.status in (429, 503):
+            headers["Retry-After"] = str(max(1, round(min(waits))))
+        super().__init__(
+            _in_plain_words(asked, failures),
+            status=decisive.status,
+            type=decisive.type,
+            code=decisive.code,
+            param=decisive.param,
+            headers=headers,
+        )
+        self.attempts = attempts
+        self.body = decisive.body
+
+
+# --- one call's way down its chain ----------------------------------------------------------------
 
 
 class _Course:
-    """One call's way down its chain: what was tried, what is still open, and how long it may take."""
+    """What was tried, what is still open, and how long it may take."""
 
     def __init__(self, call: Call, chain: list[Model]) -> None:
         self.call = call
         self.attempts: list[Attempt] = []
-        self.errors: list[BackendError] = []
-        self.skipped = 0
+        self.tried = False
+        self._failures: list[tuple[Model, BackendError]] = []
+        self._decisive: BackendError | None = None  # what the client is told: its status and code
         self._chain = chain
         self._left = len(chain)
         self._deadline = time.monotonic() + call.model.timeouts.total
-        self._blocks: list[Callable[[Model], str]] = []  # each says why a target is out, or ""
+        self._blocks: list[Callable[[Model], BackendError | None]] = []  # each says why a target is out
         self._over = False
 
     def targets(self) -> Iterator[Model]:
@@ -149,52 +174,82 @@ class _Course:
             self._left = len(self._chain) - position
             if self._over:
                 return
-            if reason := self._blocked(target):
-                self.skip(target, *reason)
+            if why := self._blocked(target):
+                self.skip(target, why)
             else:
                 yield target
-
-    def skip(self, target: Model, reason: str, detail: str) -> None:
-        self.skipped += 1
-        self._note(target, BackendError(reason, f"skipped: {detail}", detail=detail), 0.0)
-
-    def failed(self, target: Model, error: BackendError, seconds: float) -> None:
-        self._note(target, error, seconds)
-        rule = error.failure.falls_back
-        if rule == "no" or time.monotonic() >= self._deadline:
-            self._over = True
-        elif rule == "other_backend":
-            self._blocks.append(lambda other: "same backend" if other.backend == target.backend else "")
-        elif rule == "larger_window":
-            self._blocks.append(lambda other: _no_larger(other, target))
 
     def limits(self, target: Model) -> Limits:
         """This attempt's share: what is left of the whole, divided among those still to come."""
         now = time.monotonic()
         times = target.timeouts
-        answer_by = now + max(0.0, self._deadline - now) / max(1, self._left)
+        answer_by = now + max(0.0, self._deadline - now) / self._left
         return Limits(times.connect, times.load, times.first_token, times.idle, answer_by, self._deadline)
+
+    def skip(self, target: Model, why: BackendError) -> None:
+        """Pass a target over without trying it."""
+        self._note(target, why, 0.0)
+
+    def failed(self, target: Model, error: BackendError, seconds: float) -> None:
+        """A target was tried in vain; what its way of failing leads to."""
+        rule = error.failure.falls_back
+        again = any(earlier.reason == error.reason for _, earlier in self._failures)
+        self._note(target, error, seconds)
+        if not self.tried or rule == "no":  # what ends the call says more than what began it
+            self._decisive = error
+        self.tried = True
+        if rule == "no" or (rule == "once" and again) or time.monotonic() >= self._deadline:
+            self._over = True
+        elif rule == "other_backend":
+            self._blocks.append(lambda other: _same_backend(other, target))
+        elif rule == "larger_window":
+            self._blocks.append(lambda other: _no_larger(other, target))
+
+    def exhausted(self) -> ChainExhausted:
+        """The error that tells the client of all this."""
+        decisive = self._decisive or self._failures[0][1]
+        return ChainExhausted(self.call.model, self.attempts, self._failures, decisive)
 
     def _note(self, target: Model, error: BackendError, seconds: float) -> None:
         self.attempts.append(Attempt(target.name, error.reason, seconds, error.detail))
-        self.errors.append(error)
+        self._failures.append((target, error))
 
-    def _blocked(self, target: Model) -> tuple[str, str] | None:
+    def _blocked(self, target: Model) -> BackendError | None:
         for block in self._blocks:
-            if detail := block(target):
-                return ("backend_auth" if detail == "same backend" else "context_length_exceeded"), detail
+            if why := block(target):
+                return why
         if missing := _missing(self.call, target):
-            return "unsupported", f"no {missing}"
+            return BackendError("unsupported", f"skipped, as it can't do this: {missing}", detail=f"no {missing}")
         if _too_long(self.call, target):
-            return "context_length_exceeded", f"num_ctx {target.num_ctx}"
+            return _too_small(target, "the prompt can't fit its window")
         return None
 
 
-def _no_larger(other: Model, than: Model) -> str:
+# --- why a target is passed over ------------------------------------------------------------------
+
+
+def _still_cooling(left: float) -> BackendError:
+    if not left:
+        return BackendError("cooling", "skipped while another request tries it again", detail="being probed")
+    return BackendError("cooling", f"skipped for another {left:.0f} s, as it kept failing", detail=f"{left:.0f}s left")
+
+
+def _same_backend(other: Model, than: Model) -> BackendError | None:
+    if other.backend != than.backend:
+        return None
+    return BackendError("backend_auth", "skipped, as it is behind the same backend", detail="same backend")
+
+
+def _no_larger(other: Model, than: Model) -> BackendError | None:
     """A window that is not known may be larger: it is tried."""
     if other.num_ctx is None or than.num_ctx is None or other.num_ctx > than.num_ctx:
-        return ""
-    return f"num_ctx {other.num_ctx} is no larger"
+        return None
+    return _too_small(other, "its window is no larger")
+
+
+def _too_small(target: Model, why: str) -> BackendError:
+    message = f"skipped, as {why} ({target.num_ctx} tokens)"
+    return BackendError("context_length_exceeded", message, detail=f"num_ctx {target.num_ctx}")
 
 
 def _missing(call: Call, target: Model) -> str:
@@ -204,7 +259,7 @@ def _missing(call: Call, target: Model) -> str:
         return ""
     if "tools" not in known and call.body.get("tools") and call.body.get("tool_choice") != "none":
         return "tools"
-    if "vision" not in known and b'"image_url"' in call.raw and has_images(call.body):
+    if "vision" not in known and has_images(call.body):
         return "vision"
     if "insert" not in known and call.endpoint == "completions" and call.body.get("suffix"):
         return "insert"
@@ -213,35 +268,10 @@ def _missing(call: Call, target: Model) -> str:
     return ""
 
 
-def has_images(body: Mapping[str, Any]) -> bool:
-    """Whether any message carries an image."""
-    return any(part.get("type") == "image_url" for part in parts(body))
-
-
-def parts(body: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
-    """The content parts of all messages, whatever else stands there."""
-    messages = body.get("messages")
-    for message in messages if isinstance(messages, list) else ():
-        content = message.get("content") if isinstance(message, dict) else None
-        for part in content if isinstance(content, list) else ():
-            if isinstance(part, dict):
-                yield part
-
-
 def _too_long(call: Call, target: Model) -> bool:
     if target.num_ctx is None or len(call.raw) <= target.num_ctx * MOST_CHARS_PER_TOKEN:
         return False
     return prompt_chars(call.body) > target.num_ctx * MOST_CHARS_PER_TOKEN
-
-
-def prompt_chars(body: Mapping[str, Any]) -> int:
-    """Characters of text in the prompt: messages' texts, or `prompt` and `suffix`. Images do not count."""
-    total = sum(len(part["text"]) for part in parts(body) if isinstance(part.get("text"), str))
-    messages = body.get("messages")
-    for message in messages if isinstance(messages, list) else ():
-        content = message.get("content") if isinstance(message, dict) else None
-        total += len(content) if isinstance(content, str) else 0
-    return total + sum(len(text) for text in (body.get("prompt"), body.get("suffix")) if isinstance(text, str))
 
 
 # --- cooldown -------------------------------------------------------------------------------------
@@ -250,64 +280,91 @@ def prompt_chars(body: Mapping[str, Any]) -> int:
 @dataclass(slots=True)
 class _Health:
     failures: int = 0  # in a row
+    rounds: int = 0  # cooldowns in a row
     failed_at: float = 0.0
-    until: float = 0.0  # cooling until then; 0.0 = not cooling
-    probing: bool = False  # the one request that finds out whether it is over is under way
+    until: float = 0.0  # skipped until then; 0.0 = not cooling
+    probe: object = None  # whose request finds out whether it is over
 
 
 class Cooling:
-    """How each (backend, physical model) fares. Failing ones are skipped for a while, then one
-    request probes them.
+    """How each target fares: one physical model behind one backend. A failing one is skipped for a
+    while, then one request probes it.
 
-    The lock guards the table and each entry; nothing is waited for under it.
+    The lock guards the table and each entry; nothing is waited for under it. A table without an entry
+    is looked at without it: most targets never fail.
     """
 
     def __init__(self, rule: Cooldown, clock: Callable[[], float] = time.monotonic) -> None:
         self.rule = rule
         self._clock = clock
         self._lock = threading.Lock()
-        self._table: dict[tuple[str, str], _Health] = {}
+        self._table: dict[tuple[BackendConfig, str], _Health] = {}
 
-    def wait(self, target: Model) -> float | None:
-        """Seconds for which the target is still to be skipped; None = try it. Whoever gets None for
-        a target that has cooled is its probe and must report by succeeded, failed or leave."""
-        health = self._table.get(_key(target))  # no lock: most targets have never failed
-        if health is None or not health.until:
+    def adopt(self, config: Config) -> None:
+        """Go on by another configuration. A target stays what it is as long as its backend's address,
+        key and kind do; one whose backend was corrected deserves a new start."""
+        with self._lock:
+            self.rule = config.cooldown
+            present = set(config.backends.values())
+            self._table = {key: health for key, health in self._table.items() if key[0] in present}
+
+    def claim(self, target: Model, who: object) -> float | None:
+        """Seconds for which the target is still to be skipped; None = try it; 0.0 = another request probes it.
+
+        Whoever gets None must report by `succeeded`, `answers`, `failed` or `leave`, under the same name.
+        """
+        if not self._table:
             return None
         with self._lock:
+            health = self._table.get(_key(target))
+            if health is None or not health.until:
+                return None
             left = health.until - self._clock()
-            if left > 0 or health.probing:
-                return max(0.0, left)
-            health.probing = True
-            return None
+            if left <= 0 and health.probe is None:
+                health.probe = who
+                return None
+            return max(0.0, left)
 
     def succeeded(self, target: Model) -> None:
-        if self._table.get(_key(target)) is not None:
+        """It answered to the end."""
+        if self._table:
             with self._lock:
                 self._table.pop(_key(target), None)
 
-    def leave(self, target: Model) -> None:
-        """The attempt ended without a word on the target: its client left."""
-        health = self._table.get(_key(target))
-        if health is not None:
-            health.probing = False
+    def answers(self, target: Model) -> None:
+        """It has begun to answer, so it need not be skipped; how that ends is still to be seen."""
+        if self._table:
+            with self._lock:
+                health = self._table.get(_key(target))
+                if health is not None:
+                    health.until, health.probe = 0.0, None
 
-    def failed(self, target: Model, error: BackendError) -> None:
-        rule = error.failure.cools
-        if rule == "no":
-            self.leave(target)
+    def leave(self, target: Model, who: object) -> None:
+        """The attempt ended without a word on the target: its client left."""
+        with self._lock:
+            health = self._table.get(_key(target))
+            if health is not None and health.probe is who:
+                health.probe = None
+
+    def failed(self, target: Model, error: BackendError, who: object = None) -> None:
+        """It failed; whether and how long it is skipped for that."""
+        self.leave(target, who)
+        if error.failure.cools == "no":
             return
         now = self._clock()
         with self._lock:
             health = self._table.setdefault(_key(target), _Health())
-            health.probing = False
             health.failures += 1
             health.failed_at = now
-            seconds = self._seconds(rule, health.failures, error.retry_after)
+            # what fails while it cools anyway had begun before, or was the last resort: no further round
+            already = health.until > now
+            seconds = self._seconds(error, health.failures, health.rounds - already)
             if seconds:
+                health.rounds += not already
                 health.until = max(health.until, now + seconds)
 
     def least_recently_failed(self, targets: list[Model]) -> Model:
+        """The one to try when all of them are cooling."""
         with self._lock:
             return min(targets, key=lambda target: self._table.get(_key(target), _Health()).failed_at)
 
@@ -315,33 +372,68 @@ class Cooling:
         """(backend, physical model) -> seconds left, of those that are being skipped now."""
         now = self._clock()
         with self._lock:
-            return {key: health.until - now for key, health in self._table.items() if health.until > now}
+            table = [(backend.name, model, health.until) for (backend, model), health in self._table.items()]
+        return {(backend, model): until - now for backend, model, until in table if until > now}
 
-    def _seconds(self, rule: str, failures: int, told: float | None) -> float:
-        """0.0 = not yet. Each further failure in a row doubles the time, up to `longest`."""
-        longest = self.rule.longest
-        if rule == "long":
-            return longest
-        if rule == "told" and told is not None:
-            return min(told, longest)
-        if rule == "short":
-            return min(SHORT, self.rule.seconds) if failures >= self.rule.failures else 0.0
-        over = failures - self.rule.failures
-        return min(self.rule.seconds * 2.0 ** min(over, 16), longest) if over >= 0 else 0.0
+    def _seconds(self, error: BackendError, failures: int, rounds: int) -> float:
+        """0.0 = not yet. Each round in a row takes twice as long, up to `longest`."""
+        rule, cools = self.rule, error.failure.cools
+        if cools == "long":
+            return rule.longest
+        if cools == "told" and error.retry_after is not None:
+            return min(error.retry_after, rule.longest)
+        if failures < rule.failures:
+            return 0.0
+        if cools == "short":
+            return min(SHORT, rule.seconds)
+        return min(rule.seconds * 2.0 ** min(rounds, 16), rule.longest)
 
 
-def _key(target: Model) -> tuple[str, str]:
-    return target.backend.name, target.model
+def _key(target: Model) -> tuple[BackendConfig, str]:
+    return target.backend, target.model
 
 
 # --- words ----------------------------------------------------------------------------------------
 
+# What helps against each way of failing, unless the error knows better. model, asked: the sections of
+# the target and of the model asked for; backend: the section of the target's backend.
+_WAYS_OUT: Mapping[str, str] = {
+    "connect_timeout": "see whether the server of [{backend}] is up",
+    "connection_lost": "see the log of the server of [{backend}]",
+    "bad_answer": "see whether {backend}.url and kind are right",
+    "loading_timeout": "try again soon, or raise {model}.timeouts.load",
+    "busy": "try again later",
+    "rate_limited": "try again later",
+    "server_error": "see the log of the server of [{backend}]",
+    "first_token_timeout": "raise {model}.timeouts.first_token and {asked}.timeouts.total",
+    "answer_timeout": "stream the answer, or raise {asked}.timeouts.total",
+    "idle_timeout": "raise {model}.timeouts.idle",
+    "total_timeout": "raise {asked}.timeouts.total",
+    "model_not_found": "correct {model}.model",
+    "context_length_exceeded": "shorten the prompt, or ask a model with a larger num_ctx",
+    "template_error": "ask a model with another chat template",
+    "empty_answer": "ask in other words, or another model",
+    "unsupported": "ask a model that can, or correct {model}.capabilities",
+}
 
-def _in_plain_words(asked: Model, attempts: list[Attempt], errors: list[BackendError]) -> str:
+
+def _in_plain_words(asked: Model, failures: list[tuple[Model, BackendError]]) -> str:
     """What happened at each target, and what would help."""
-    said = "; ".join(f"{attempt.model}: {error.message.rstrip('.')}" for attempt, error in zip(attempts, errors, strict=True))
-    ways = list(dict.fromkeys(error.way_out for error in errors if error.way_out))
-    text = f"{asked.name} could not answer. {said}"
-    return f"{text}. Way out: {'; '.join(ways)}." if ways else f"{text}."
+    said: dict[str, list[str]] = {}  # message -> who; one server's being down is said once
+    for target, error in failures:
+        said.setdefault(error.message.rstrip("."), []).append(target.name)
+    if {target.name for target, _ in failures} == {asked.name}:
+        text = f"{asked.name} could not answer: {'; '.join(said)}."
+    else:
+        steps = "; ".join(f"{', '.join(names)}: {message}" for message, names in said.items())
+        text = f"{asked.name} could not answer, nor could a fallback. {steps}."
+    ways = list(dict.fromkeys(way for target, error in failures if (way := _way_out(asked, target, error))))
+    return f"{text} Way out: {'; or '.join(ways)}." if ways else text
 
 
+def _way_out(asked: Model, target: Model, error: BackendError) -> str:
+    return error.way_out or _WAYS_OUT.get(error.reason, "").format(
+        model=dotted("models", target.name),
+        asked=dotted("models", asked.name),
+        backend=dotted("backends", target.backend.name),
+    )

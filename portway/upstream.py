@@ -1,7 +1,8 @@
-"""What both kinds of backend do alike: a request's head, and the error in an answer's body."""
+"""What both kinds of backend do alike: a request's head, the error in an answer's body, the end of a stream."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from portway import __version__
@@ -9,7 +10,7 @@ from portway.errors import BackendError
 from portway.failures import classify, read_error
 
 if TYPE_CHECKING:
-    from portway.config import Backend
+    from portway.config import Backend, Model
     from portway.transport import Reply
 
 MAX_ERROR = 1_048_576  # bytes of an error's body that are read
@@ -41,6 +42,8 @@ def error_of(reply: Reply, model: str, backend: Backend) -> BackendError:
     if 300 <= status < 400:
         return BackendError("bad_answer", f"a redirect ({status}); redirects are not followed", detail=str(status))
     message, type = read_error(body)
+    # only an openai backend's own words are OpenAI's envelope; Ollama's {"error": "text"} would be none to an SDK
+    verbatim = backend.kind == "openai" and body.lstrip()[:1] == b"{"
     return classify(
         status,
         message,
@@ -48,8 +51,22 @@ def error_of(reply: Reply, model: str, backend: Backend) -> BackendError:
         backend=backend,
         type=type,
         retry_after=_retry_after(headers),
-        body=body if body.lstrip()[:1] == b"{" else None,
+        body=body if verbatim else None,
     )
+
+
+def broken_once_begun(pieces: Iterator[bytes], target: Model) -> Iterator[bytes]:
+    """The pieces of a stream; whatever goes wrong after the first is `stream_broken`, but for running out of time."""
+    begun = False
+    try:
+        for piece in pieces:
+            begun = True
+            yield piece
+    except BackendError as exc:
+        if not begun or exc.reason in ("idle_timeout", "total_timeout"):
+            raise
+        message = f"{target.name} broke off its answer: {exc.message}"
+        raise BackendError("stream_broken", message, detail=exc.reason) from exc
 
 
 def _retry_after(headers: dict[str, str]) -> float | None:

@@ -64,6 +64,11 @@ class Daemon(_Running):
         self._daemon.use(config.parse(toml, "models.toml", {}))
 
     @property
+    def workers(self) -> int:
+        """How many worker threads it has."""
+        return self._daemon._server.workers.count
+
+    @property
     def parked(self) -> dict[int, proxy.Handler]:
         """The connections that have no thread now."""
         return self._daemon._server._parked

@@ -53,7 +53,7 @@ def key_of(number: int) -> bytes:
     return sha256(str(number).encode()).digest()
 
 
-def chat_answer(text: str = "Rayleigh scattering.", finish: str = "stop", **message: Any) -> dict[str, Any]:
+def chat_answer(text: str | None = "Rayleigh scattering.", finish: str = "stop", **message: Any) -> dict[str, Any]:
     return {
         "id": "chatcmpl-old",
         "object": "chat.completion",
@@ -177,7 +177,14 @@ class Documents(unittest.TestCase):
         several = chat_answer()
         several["choices"] *= 2
         calling = chat_answer(tool_calls=[{"id": "c"}])
-        unclean = [chat_answer(finish="length"), chat_answer(" \n"), chat_answer(None), calling, several]  # type: ignore[arg-type]
+        unclean = [
+            chat_answer(finish="length"),
+            chat_answer(finish="content_filter"),
+            chat_answer(" \n"),
+            chat_answer(None),
+            calling,
+            several,
+        ]
         unclean += [{"error": {"message": "x"}}, {"choices": []}, {"object": "list", "data": []}, {"choices": 5}]
         unclean += [{**chat_answer(), "error": "late"}, chat_answer(function_call={"name": "f"})]
         for answer in unclean:
@@ -459,6 +466,22 @@ class Storing(InFolder):
         self.put(made, 99)
         self.assertEqual([], self.found(made, 99))
 
+    def test_close_before_the_writer_has_begun(self):
+        """Also then what was put is written."""
+        gate, run = threading.Event(), Cache._run
+
+        def late(made: Cache) -> None:
+            gate.wait(PATIENCE)
+            run(made)
+
+        with mock.patch.object(Cache, "_run", late):
+            made = Cache(self.path, say=self.say)
+        self.put(made, 1)
+        made.close(0)
+        gate.set()
+        made.close(PATIENCE)
+        self.assertEqual([1], self.found(self.a_cache(), 1))
+
     def test_many_threads(self):
         """Looking up and storing at the same time, from many threads, finds everything and raises nothing."""
         made = self.a_cache()
@@ -522,12 +545,14 @@ class Bounds(InFolder):
         self.enterContext(mock.patch.object(cache, "WRITE_PATIENCE", 0.01))
         with mock.patch.object(cache, "MAX_WAITING", 5), closing(self.locked_out()):
             made = self.a_cache()
+            with mock.patch.object(cache, "MAX_WAITING_BYTES", 10):
+                self.put(made, 0, "x" * 6)
+                self.put(made, 0, "y" * 6)  # takes the place of the one before
+                self.put(made, 1, "z" * 6)
+            self.assertEqual((1, [0]), (made.dropped, self.found(made, 0, 1)))
             for number in range(8):
                 self.put(made, number)
-            self.assertEqual((3, [0, 1, 2, 3, 4]), (made.dropped, self.found(made, *range(8))))
-            with mock.patch.object(cache, "MAX_WAITING_BYTES", 10):
-                self.put(made, 4, "x" * 20)
-            self.assertEqual(4, made.dropped)
+            self.assertEqual((4, [0, 1, 2, 3, 4]), (made.dropped, self.found(made, *range(8))))
 
     def test_one_answer_must_not_take_the_whole_file(self):
         """An eighth is the most."""
@@ -562,6 +587,22 @@ class Counting(InFolder):
         assert stats.oldest is not None
         self.assertLess(time.time() - stats.oldest, PATIENCE)
         self.assertIsNone(Counts().hit_rate)
+
+    def test_counts_outlive_a_failure_to_write_them(self):
+        """They are written once the file can be written again."""
+        self.enterContext(mock.patch.object(cache, "WRITE_PATIENCE", 0.01))
+        made = self.a_cache()
+        self.fill(made, range(1))
+        with closing(sqlite3.connect(self.path, isolation_level=None)) as db:
+            db.execute("BEGIN IMMEDIATE")
+            self.assertEqual([0], self.found(made, 0, 1))
+            made.flush(0)
+            self.wait_for_word("locked")
+        self.wait_for_word("works again")
+        self.assertTrue(made.flush(PATIENCE))
+        stats = made.stats()
+        assert stats is not None
+        self.assertEqual(Counts(hits=1, misses=1, stores=1), stats.counts)
 
     def test_puts_tells_whether_a_miss_may_be_out_of_date(self):
         """It changes with each answer that is handed in, and with nothing else."""
@@ -893,6 +934,13 @@ class Files(InFolder):
             before = file.stats().size
             self.assertEqual(400, file.purge())
             self.assertLess(file.stats().size, before / 10)
+
+    def test_looking_up_makes_no_file(self):
+        """One that was removed is the writer's to make, with the right rights."""
+        path = os.path.join(self.folder, "none.sqlite3")
+        with closing(cache_file.Readers(path)) as readers, self.assertRaises(sqlite3.OperationalError):
+            readers.find(key_of(1))
+        self.assertFalse(os.path.exists(path))
 
     def test_errors_in_words(self):
         """Each says what is wrong with the file."""

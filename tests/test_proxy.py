@@ -2,7 +2,6 @@
 
 import json
 import socket
-import threading
 import unittest
 
 from portway import config, proxy
@@ -314,8 +313,7 @@ class ConnectionTest(unittest.TestCase):
                     self.assertEqual(200, client.call("POST", "/v1/chat/completions", ASK).status)
                     health = client.call("GET", "/health").json
                 wait_for(lambda: health["connections"] >= 200, "the connections' being counted")
-                workers = [thread for thread in threading.enumerate() if thread.name.startswith("portway-worker")]
-                self.assertLess(len(workers), 10)
+                self.assertLess(daemon.workers, 10)
             finally:
                 for sock in silent:
                     sock.close()

@@ -799,7 +799,8 @@ class Stream(Answers):
                 {},
             ],
         )
-        self.assertTrue(ChatStream(call(), model()).feed(line(thinking="hm"))[1])
+        chunk = delta(b'{"reasoning_content":"hm","reasoning":"hm"}')
+        self.assertEqual(ChatStream(call(), model()).feed(line(thinking="hm")), (ROLE + chunk, True))
 
     def test_thinking_that_was_left_in_the_text(self):
         """A tag that opens the answer is taken off, whatever pieces it comes in; its logprobs go with it."""
@@ -852,8 +853,9 @@ class Stream(Answers):
         stream = ChatStream(call(), model())
         frames, content = stream.feed(last(tool_calls=[tool_call("f", id="x")]))
         self.assertTrue(content)
-        self.assertTrue(frames.startswith(ROLE + b"data: " + HEAD + b'{"index":0,"delta":{"tool_calls":[{"index":0,'))
-        self.assertTrue(frames.endswith(delta(b"{}", b'"tool_calls"') + b"data: [DONE]\n\n"))
+        called = b'{"index":0,"id":"x","type":"function","function":{"name":"f","arguments":"{}"}}'
+        end = delta(b"{}", b'"tool_calls"') + b"data: [DONE]\n\n"
+        self.assertEqual(frames, ROLE + delta(b'{"tool_calls":[' + called + b"]}") + end)
 
     def test_length_passes_through(self):
         """An answer that was cut says so, with a tool call or without any word."""
@@ -945,6 +947,13 @@ class Stream(Answers):
 
 
 class Whole(Answers):
+    def test_nothing_is_sent_on_the_way(self):
+        """A client that does not stream gets no event."""
+        stream = ChatStream(call(stream=False), model())
+        lines = [line(thinking="h"), line("a"), line(tool_calls=[tool_call()])]
+        self.assertEqual([stream.feed(one) for one in lines], [(b"", True)] * 3)
+        self.assertEqual(stream.feed(last()), (b"", False))
+
     def test_a_chat_completion(self):
         """One document of all the pieces."""
         self.assertEqual(
