@@ -6,21 +6,22 @@ only so can a stalled answer be told from a long one, and does Ollama notice tha
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Iterator, Mapping
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from portway.call import Tally
 from portway.errors import BackendError
+from portway.failures import in_stream
 from portway.translate import ChatStream, chat_request, embed_request, embed_response, generate_request, prompt_chars
 from portway.transport import Patience, Pool, Reply
-from portway.upstream import error_of, request_head
+from portway.upstream import broken_once_begun, error_of, request_head
 from portway.wire import NDJSONReader, WireError, dumps, loads
 
 if TYPE_CHECKING:
     from portway.call import Answer, Call, Limits, Watch
     from portway.config import Backend, Model
 
-PATHS = {"chat": "/api/chat", "completions": "/api/generate", "embeddings": "/api/embed"}
+PATHS: Mapping[str, str] = {"chat": "/api/chat", "completions": "/api/generate", "embeddings": "/api/embed"}
 
 
 class OllamaBackend:
@@ -35,36 +36,46 @@ class OllamaBackend:
         ClientError (the call itself can't be served by anybody) and ClientGone."""
         payload, warnings = _TRANSLATE[call.endpoint](call.body, target)
         body = dumps(payload)
-        patience = Patience(limits, plain=call.endpoint == "embeddings")
-        watch.phase = "prompt"
         request = b"%s%d\r\n\r\n%s" % (self._heads[call.endpoint], len(body), body)
+        patience = Patience(limits, plain=call.endpoint == "embeddings")
+        watch.phase = "prompt"  # it queues, loads and reads the prompt without a word
         reply = self._pool.exchange(request, limits, watch, patience)
         if reply.head.status != 200:
             raise error_of(reply, target.model, target.backend)
         if call.endpoint == "embeddings":
-            return EmbeddingAnswer(call, target, reply, warnings, payload["input"])
-        return OllamaAnswer(call, target, reply, patience, warnings, prompt_chars(payload))
+            return EmbeddingAnswer(call, target, reply, warnings, len(payload["input"]))
+        stream = ChatStream(call, target, prompt_chars(payload))
+        return OllamaAnswer(stream, target, reply, Waiting(patience, watch), warnings)
 
     def close(self) -> None:
+        """See Backend.close (call.py)."""
         self._pool.close()
 
 
-_TRANSLATE = {"chat": chat_request, "completions": generate_request, "embeddings": embed_request}
+_TRANSLATE: Mapping[str, Callable[[Any, Model], tuple[dict[str, Any], list[str]]]] = {
+    "chat": chat_request,
+    "completions": generate_request,
+    "embeddings": embed_request,
+}
+
+
+class Waiting(NamedTuple):
+    """Who must know that an answer has begun: how long to wait from now on, and what for."""
+
+    patience: Patience
+    watch: Watch
 
 
 class OllamaAnswer:
     """An Answer (call.py) read from /api/chat's or /api/generate's lines."""
 
-    def __init__(
-        self, call: Call, target: Model, reply: Reply, patience: Patience, warnings: list[str], prompt_chars: int
-    ) -> None:
+    def __init__(self, stream: ChatStream, target: Model, reply: Reply, waiting: Waiting, warnings: list[str]) -> None:
+        self.tally: Tally = stream.tally
         self.warnings = warnings
-        self._call = call
+        self._stream = stream
+        self._target = target
         self._reply = reply
-        self._patience = patience
-        self._stream = ChatStream(call, target, prompt_chars)
-        self.tally: Tally = self._stream.tally
-        self._committed = False
+        self._waiting = waiting
 
     def whole(self) -> bytes:
         """See Answer.whole."""
@@ -74,9 +85,7 @@ class OllamaAnswer:
 
     def pieces(self) -> Iterator[bytes]:
         """See Answer.pieces. A piece holds what one read gave: one write for all of it."""
-        for piece in self._pieces():
-            self._committed = True
-            yield piece
+        return broken_once_begun((piece for piece in self._pieces() if piece), self._target)
 
     def close(self) -> None:
         """See Answer.close."""
@@ -85,79 +94,78 @@ class OllamaAnswer:
         self._reply.close()
 
     def _pieces(self) -> Iterator[bytes]:
-        stream = self._stream
-        held = b""
-        content = False
+        """What each read gave, from the first content on; b"" where it was nothing to be seen."""
+        stream, held, content = self._stream, b"", False
         for lines in self._lines():
-            for line in lines:
-                frames, has_content = self._feed(line)
-                held += frames
-                content = content or has_content
+            frames, has_content, error = self._feed(lines)
+            held += frames
+            content = content or has_content
             if content or stream.done:
-                self._patience.content()
+                self._begun()
                 if self.tally.truncated:
                     self.warnings.append("prompt_truncated")
                 yield held
+                self._waiting.patience.content()  # the client may have taken its time over it
                 held = b""
+            if error:
+                raise error
             if stream.done:
                 return
 
-    def _feed(self, line: bytes) -> tuple[bytes, bool]:
+    def _begun(self) -> None:
+        self._waiting.patience.content()
+        self._waiting.watch.phase = "answer"
+
+    def _feed(self, lines: list[bytes]) -> tuple[bytes, bool, BackendError | None]:
+        """(events, whether there was content, error): as far as a line that is an error; what stands before
+        it still counts."""
+        frames, content = b"", False
         try:
-            value = loads(line)
-        except WireError as exc:
-            raise self._broken("bad_answer", f"a line of the answer is {exc}") from None
-        if not isinstance(value, dict):
-            raise self._broken("bad_answer", "a line of the answer is not a JSON object")
-        try:
-            return self._stream.feed(value)
+            for line in lines:
+                more, has_content = self._stream.feed(_object(line))
+                frames += more
+                content = content or has_content
+                if self._stream.done:
+                    break
         except BackendError as exc:
-            raise self._broken(exc.reason, exc.message, exc) from None
+            return frames, content, exc
+        return frames, content, None
 
     def _lines(self) -> Iterator[list[bytes]]:
         reader = NDJSONReader()
+        begun = False
         try:
             while data := self._reply.read():
                 if lines := reader.feed(data):
+                    begun = True
                     yield lines
-            last = reader.finish()
-            yield [last] if last else []
+            if last := reader.finish():
+                yield [last]
         except WireError as exc:
-            raise self._broken("bad_answer", f"the answer is not what it should be: {exc}") from None
-        except BackendError as exc:
-            if exc.reason in ("connection_lost", "bad_answer"):
-                raise self._broken(exc.reason, exc.message, exc) from exc
-            raise
-        raise self._broken("connection_lost", "the answer ended before it was complete")
-
-    def _broken(self, reason: str, message: str, error: BackendError | None = None) -> BackendError:
-        """Before the commit the error as it is, after it always `stream_broken`."""
-        if self._committed:
-            return BackendError("stream_broken", message, detail=reason)
-        return error or BackendError(reason, message)
+            raise BackendError("bad_answer", f"the answer is not what it should be: {exc}") from None
+        if not begun:
+            raise BackendError("empty_answer", "the answer has no body")
+        raise BackendError("connection_lost", "the answer ended before it was complete")
 
 
 class EmbeddingAnswer:
-    """An Answer to an embeddings call: always whole."""
+    """An Answer to an embeddings call: always whole. count: how many texts were sent."""
 
-    def __init__(self, call: Call, target: Model, reply: Reply, warnings: list[str], inputs: Any) -> None:
+    def __init__(self, call: Call, target: Model, reply: Reply, warnings: list[str], count: int) -> None:
         self.tally = Tally()
         self.warnings = warnings
         self._call = call
         self._target = target
         self._reply = reply
-        self._count = len(inputs) if isinstance(inputs, list) else 1
+        self._count = count
 
     def whole(self) -> bytes:
         """See Answer.whole."""
-        try:
-            value = loads(self._reply.read_all())
-        except WireError as exc:
-            raise BackendError("bad_answer", f"the answer is {exc}") from None
-        if not isinstance(value, dict):
-            raise BackendError("bad_answer", "the answer is not a JSON object")
+        value = _object(self._reply.read_all())
+        if value.get("error"):
+            raise in_stream(value["error"], model=self._target.model, backend=self._target.backend)
         body = embed_response(value, self._target.name, self._call.body.get("encoding_format"), self._count)
-        self.tally.prompt_tokens = value.get("prompt_eval_count")
+        self.tally.prompt_tokens = body.get("usage", {}).get("prompt_tokens")
         return dumps(body)
 
     def pieces(self) -> Iterator[bytes]:
@@ -165,4 +173,18 @@ class EmbeddingAnswer:
         raise BackendError("unsupported", "embeddings are not streamed")
 
     def close(self) -> None:
+        """See Answer.close."""
         self._reply.close()
+
+
+def _object(raw: bytes) -> dict[str, Any]:
+    """A line, or a whole answer. Raises BackendError."""
+    if not raw.strip():
+        raise BackendError("empty_answer", "the answer has no body")
+    try:
+        value = loads(raw)
+    except WireError as exc:
+        raise BackendError("bad_answer", f"the answer is {exc}") from None
+    if not isinstance(value, dict):
+        raise BackendError("bad_answer", "the answer is not a JSON object")
+    return value

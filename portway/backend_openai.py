@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import re
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 from portway.call import Tally
@@ -81,12 +81,13 @@ _LIMITS = ("max_tokens", "max_completion_tokens", "n_predict")  # the last one i
 
 def request_body(call: Call, target: Model) -> tuple[bytes, list[str]]:
     """(the client's body with Portway's changes, warnings); the client's own bytes wherever that is possible."""
-    asked, warnings = call.body, []
-    changes = {key: value for key, value in target.params.items() if asked.get(key) is None}
+    asked = call.body
+    warnings: list[str] = []
+    changes: dict[str, Any] = {key: value for key, value in target.params.items() if asked.get(key) is None}
     if call.stream:
         changes |= _usage_wanted(asked.get("stream_options"))
     if call.endpoint == "chat":
-        changes |= _thinking({**asked, **changes}, asked, target.think)
+        changes |= _thinking(asked, target)
         if target.merge_system:
             changes |= _merged(asked["messages"])
     if call.endpoint != "embeddings" and target.max_tokens is not None:
@@ -124,14 +125,15 @@ def _usage_wanted(options: Any) -> dict[str, Any]:
     return {} if options.get("include_usage") else {"stream_options": {**options, "include_usage": True}}
 
 
-def _thinking(body: Mapping[str, Any], asked: Mapping[str, Any], think: bool | str | None) -> dict[str, Any]:
+def _thinking(asked: Mapping[str, Any], target: Model) -> dict[str, Any]:
     """How the configured `think` is told: a level is OpenAI's reasoning_effort, on and off are the
     chat template's enable_thinking (llama-server, vLLM). A client that says either itself is left alone."""
+    think = target.think
     if think is None or asked.get("reasoning_effort") is not None or asked.get("chat_template_kwargs") is not None:
         return {}
     if isinstance(think, str):
         return {"reasoning_effort": think}
-    return {"chat_template_kwargs": {**(body.get("chat_template_kwargs") or {}), "enable_thinking": think}}
+    return {"chat_template_kwargs": {**target.params.get("chat_template_kwargs", {}), "enable_thinking": think}}
 
 
 def _merged(messages: list[dict[str, Any]]) -> dict[str, Any]:
@@ -334,8 +336,8 @@ class _Relay:
             thought, text = tags.flush()
             if thought or text:  # a beginning of a tag, which now is none
                 choice = {"index": index, "delta": _delta(thought, text), "finish_reason": None}
+                self.content = count_choice(choice, self._tally)
                 frames += sse(dumps(self._own({"object": "chat.completion.chunk", "choices": [choice]})))
-                self.content = True
         if self._chat and not self.content and not _may_be_empty(self._tally):
             raise BackendError("empty_answer", "the answer is empty")
         self.ended = True
@@ -375,12 +377,13 @@ class _Relay:
             tags.settled = True
         else:
             thought, text = "", ""
-        by_itself = bool(delta.get("reasoning_content") or delta.get("reasoning"))
+        # thinking or a tool call of its own: the server takes the text apart by itself
+        by_itself = any(delta.get(key) for key in ("reasoning_content", "reasoning", "tool_calls"))
         if by_itself or choice.get("finish_reason"):
             held_thought, held_text = tags.flush()
             thought, text = thought + held_thought, text + held_text
-        if thought and not by_itself:
-            delta["reasoning_content"] = thought
+        if thought:
+            delta["reasoning_content"] = thought + (delta.get("reasoning_content") or "")
         if text or isinstance(content, str):
             delta["content"] = text
         if by_itself or tags.settled:
@@ -501,13 +504,17 @@ def _document(raw: bytes, target: Model) -> dict[str, Any]:
 
 
 def _choices(body: Any) -> list[dict[str, Any]]:
-    """The choices, each with an object where the text should be. Raises BackendError for another shape."""
+    """The choices, each with objects where texts are found. Raises BackendError for another shape."""
     choices = body.get("choices") if isinstance(body, dict) else None
-    for choice in choices if isinstance(choices, list) else [choices] if choices else []:
-        parts: Iterable[Any] = (choice.get("delta"), choice.get("message")) if isinstance(choice, dict) else (choice,)
-        if not all(part is None or isinstance(part, dict) for part in parts):
-            raise BackendError("bad_answer", "`choices` is not what it should be")
-    return _list(choices)
+    if choices is None:
+        return []
+    if not isinstance(choices, list) or not all(map(_is_choice, choices)):
+        raise BackendError("bad_answer", "`choices` is not what it should be")
+    return choices
+
+
+def _is_choice(value: Any) -> bool:
+    return isinstance(value, dict) and all(isinstance(value.get(key), dict | None) for key in ("delta", "message"))
 
 
 def _segregate_whole(choice: dict[str, Any]) -> bool:
@@ -534,7 +541,9 @@ def _may_be_empty(tally: Tally) -> bool:
 
 def _is_false(usage: Any) -> bool:
     """Counts that are all zero: some servers send them where they did not count."""
-    return isinstance(usage, dict) and not usage.get("prompt_tokens") and not usage.get("completion_tokens")
+    if not isinstance(usage, dict) or usage.get("prompt_tokens") != 0:
+        return False
+    return not usage.get("completion_tokens") and not usage.get("total_tokens")
 
 
 def _known(count: Any, before: int | None) -> int | None:

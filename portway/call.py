@@ -7,7 +7,7 @@ a socket of the other side, and nothing here knows HTTP.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
@@ -180,5 +180,5 @@ class Served:
     answer: Answer
     attempts: list[Attempt]
     first: bytes = b""
-    rest: Iterator[bytes] = iter(())
+    rest: Iterable[bytes] = ()
     whole: bytes | None = None

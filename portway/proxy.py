@@ -25,7 +25,7 @@ import time
 import traceback
 from collections import deque
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from queue import Empty, SimpleQueue
@@ -33,23 +33,25 @@ from typing import TYPE_CHECKING, Any
 from urllib.parse import unquote
 
 from portway import __version__
-from portway.backend_ollama import OllamaBackend
-from portway.backend_openai import OpenAIBackend
-from portway.catalogue import Catalogue
+from portway.answers import Facts, Found, Shared
+from portway.cache import LIFETIME, Cache
+from portway.cache_file import default_path
+from portway.cache_rules import parse_control
 from portway.config import ConfigError, ConfigWatcher
 from portway.errors import ClientError, ClientGone, PortwayError
-from portway.guards import Guards
+from portway.flights import Flights
 from portway.http1 import MAX_HEAD, BadMessage, Incoming, RequestHead, as_client_error, parse_request
 from portway.request import find_model, read_call
-from portway.routing import ChainExhausted, Cooling, Router
+from portway.routing import ChainExhausted, Cooling
+from portway.state import State
 from portway.telemetry import Log, Price, Record, log_path
 from portway.watch import ClientWatch
 from portway.wire import DONE, dumps, sse
-from portway.workers import Workers
+from portway.workers import InFlight, Workers
 
 if TYPE_CHECKING:
-    from portway.call import Attempt, Backend, Call, Endpoint, Served
-    from portway.config import Config, Model
+    from portway.call import Attempt, Endpoint
+    from portway.config import Config
 
 RECEIVE = 65_536  # bytes asked of one recv()
 LINGER = 0.25  # seconds a worker stays with a connection after an answer; the next request often follows at once
@@ -57,7 +59,7 @@ SETTLE_MS = 10  # how long a worker waits for the rest of a request; most client
 SWEEP = 1.0  # seconds between two looks for connections that have waited too long
 MAX_PIPELINED = 262_144  # bytes read ahead while an answer is under way
 WATCH_CONFIG = 1.0  # seconds between two looks at the configuration file
-CLOSE_LOG = 2.0  # seconds given to the log's last lines at the end
+CLOSE_ASIDE = 2.0  # seconds given to the log's last lines at the end, and to the cache's last answers
 GOODBYE = 1.0  # seconds for a refused client to read why before its connection is reset
 
 # --- the routes -----------------------------------------------------------------------------------
@@ -106,7 +108,6 @@ class EventStream:
         self.ttft: float | None = None  # time.monotonic() of the first content
         self._handler = handler
         self._chunked = handler.head.minor == 1
-        self._told: list[str] = []  # warnings that the client has been told of
 
     def beat(self) -> None:
         """A comment, so that the client knows that somebody is there. One newline only: a blank line
@@ -116,22 +117,34 @@ class EventStream:
         except OSError as exc:
             raise ClientGone from exc
 
-    def relay(self, served: Served) -> None:
-        """Send the whole answer. Raises BackendError if it breaks; OSError if the client does."""
-        facts = _facts(served)
-        piece = served.first
-        if self.started:
-            piece = _with_field(piece, piece.find(b"data: {"), facts)
-        self.ttft = time.monotonic()
-        self._told = list(served.answer.warnings)
-        while not piece.endswith(DONE):
-            self._write(piece, _headers(facts))
+    def relay(self, found: Found) -> None:
+        """Send the whole answer. Raises BackendError if it breaks; OSError if the client does, unless
+        somebody else waits for the same answer: then it is read to its end without this client."""
+        headers = headers_of(found.facts)
+        gone: OSError | None = None
+        for piece in found.pieces():
+            if gone is None:
+                gone = self._relayed(piece, found, headers)
+            if gone is not None and not found.is_awaited():
+                raise gone
             self._handler.watch.heard()
-            piece = next(served.rest)
-        new = [warning for warning in served.answer.warnings if warning not in self._told]
-        if new:
-            piece = _with_field(piece, piece.rfind(b"data: {"), {"warnings": new})
-        self._write(piece, _headers(facts), last=True)
+        if gone is not None:
+            raise gone
+
+    def _relayed(self, piece: bytes, found: Found, headers: Mapping[str, str]) -> OSError | None:
+        """Send one piece, with the facts that no header could carry. The error if the client has gone."""
+        last = piece.endswith(DONE)
+        if self.ttft is None:
+            self.ttft = time.monotonic()
+            if self.started:
+                piece = _with_field(piece, piece.find(b"data: {"), _as_field(found.facts))
+        if last and (late := found.late_warnings()):
+            piece = _with_field(piece, piece.rfind(b"data: {"), {"warnings": late})
+        try:
+            self._write(piece, headers, last=last)
+        except OSError as exc:
+            return exc
+        return None
 
     def fail(self, error: PortwayError) -> None:
         """End with the error's envelope as the last event, without [DONE], which would say that all went well."""
@@ -152,22 +165,25 @@ class EventStream:
         self._handler.send(piece)
 
 
-def _facts(served: Served) -> dict[str, Any]:
-    """Who answers and how it came to that, for headers or a chunk's `portway`."""
-    facts: dict[str, Any] = {"served_by": served.model.name}
-    if len(served.attempts) > 1:
-        facts["attempts"] = _joined(served.attempts)
-    if served.answer.warnings:
-        facts["warnings"] = list(served.answer.warnings)
-    return facts
+def _as_field(facts: Facts) -> dict[str, Any]:
+    """The facts as a chunk's `portway`."""
+    field: dict[str, Any] = {"served_by": facts.served_by, "cache": facts.cache}
+    if facts.attempts:
+        field["attempts"] = facts.attempts
+    if facts.warnings:
+        field["warnings"] = list(facts.warnings)
+    return field
 
 
-def _headers(facts: Mapping[str, Any]) -> dict[str, str]:
-    headers = {"X-Served-By": facts["served_by"]}
-    if "attempts" in facts:
-        headers["X-Portway-Attempts"] = facts["attempts"]
-    if "warnings" in facts:
-        headers["X-Portway-Warning"] = "; ".join(facts["warnings"])
+def headers_of(facts: Facts) -> dict[str, str]:
+    """The facts as headers."""
+    headers = {"X-Served-By": facts.served_by, "X-Cache": facts.cache}
+    if facts.attempts:
+        headers["X-Portway-Attempts"] = facts.attempts
+    if facts.warnings:
+        headers["X-Portway-Warning"] = "; ".join(facts.warnings)
+    if facts.age is not None:
+        headers["Age"] = str(facts.age)
     return headers
 
 
@@ -398,22 +414,32 @@ class Handler(BaseHTTPRequestHandler):
         self._complete("embeddings", raw)
 
     def _complete(self, endpoint: Endpoint, raw: bytes) -> None:
-        """The pipeline: call -> served by some target -> relayed."""
+        """The pipeline: call -> found in the cache, or served by some target -> relayed."""
         state = self.server.daemon.state
         call = read_call(endpoint, raw, state.config)
         self._record.begin(call)
         stream = self._stream = EventStream(self) if call.stream else None
         self.watch.begin(state.config.server.heartbeat, stream.beat if stream else None)
-        served = state.router.serve(call, self.watch, fallback=self._may_fall_back())
-        self.watch.phase = "answer"
+        control = parse_control(self.head.headers)
+        with state.answers.find(call, control, self.watch, fallback=self._may_fall_back()) as found:
+            self.watch.phase = "answer"
+            try:
+                if stream:
+                    stream.relay(found)
+                else:
+                    self._respond_with(found)
+            finally:
+                found.close()
+                self._record.found(found, stream.ttft if stream else None)
+
+    def _respond_with(self, found: Found) -> None:
+        body = found.body()
         try:
-            if stream:
-                stream.relay(served)
-            else:
-                self.respond(200, _headers(_facts(served)), served.whole or b"")
-        finally:
-            served.answer.close()
-            self._record.served(served, stream.ttft if stream else None)
+            self.respond(200, headers_of(found.facts), body)
+        except OSError:
+            if not found.is_awaited():
+                raise
+            self.keep_alive = False  # it is whole, and somebody else waits for it
 
     def _may_fall_back(self) -> bool:
         wish = self.head.headers.get("x-portway-fallback", "on").lower()
@@ -423,15 +449,15 @@ class Handler(BaseHTTPRequestHandler):
 
     def get_models(self, _rest: str) -> None:
         """GET /v1/models."""
-        daemon = self.server.daemon
-        daemon.state.catalogue.refresh_soon()
-        cards = [daemon.card(model) for model in daemon.state.config.models.values()]
+        state = self.server.daemon.state
+        state.catalogue.refresh_soon()
+        cards = [state.card(model) for model in state.config.models.values()]
         self.respond(200, {}, dumps({"object": "list", "data": cards}))
 
     def get_model(self, name: str) -> None:
         """GET /v1/models/{id}; an alias is one, too."""
-        daemon = self.server.daemon
-        self.respond(200, {}, dumps(daemon.card(find_model(name, daemon.state.config))))
+        state = self.server.daemon.state
+        self.respond(200, {}, dumps(state.card(find_model(name, state.config))))
 
     def get_health(self, _rest: str) -> None:
         """GET /health."""
@@ -691,49 +717,24 @@ class Server(ThreadingHTTPServer):
             pass  # it is closed: the daemon has ended
 
 
-class InFlight:
-    """Counts the requests under way. The condition guards `count`."""
-
-    def __init__(self) -> None:
-        self.count = 0
-        self._changed = threading.Condition()
-
-    def __enter__(self) -> None:
-        with self._changed:
-            self.count += 1
-
-    def __exit__(self, *_: object) -> None:
-        with self._changed:
-            self.count -= 1
-            if not self.count:
-                self._changed.notify_all()
-
-    def wait_for_none(self, timeout: float) -> bool:
-        """Until the last one has ended, for `timeout` seconds at most; whether it has."""
-        with self._changed:
-            return self._changed.wait_for(lambda: not self.count, timeout)
-
-
 # --- the daemon -----------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True, slots=True)
-class State:
-    """All that follows from one configuration. A reload swaps it whole; a request keeps the one it began with."""
-
-    config: Config
-    guards: Guards
-    backends: Mapping[str, Backend]
-    catalogue: Catalogue
-    router: Router
 
 
 class Daemon:
     """The running program: the present State, the server, and what outlives both."""
 
-    def __init__(self, config: Config, *, say: Callable[[str], None] | None = None, log: Log | None = None) -> None:
+    def __init__(
+        self,
+        config: Config,
+        *,
+        say: Callable[[str], None] | None = None,
+        log: Log | None = None,
+        cache: Cache | None = None,
+    ) -> None:
         self._say = say or _to_stderr
         self.log = log
+        self.cache = cache
+        self._flights: Flights[Shared] = Flights()
         self._cooling = Cooling(config.cooldown)
         self._started = time.time()
         self._problem: str | None = None  # why the newest configuration is not in force
@@ -766,8 +767,7 @@ class Daemon:
         if self._thread.is_alive():
             self._server.shutdown()
         self._server.server_close()
-        for backend in self.state.backends.values():
-            backend.close()
+        self.state.close()
         return ended
 
     def use(self, config: Config) -> None:
@@ -779,36 +779,13 @@ class Daemon:
         if self.log:
             self.log.price = Price(config.price.input, config.price.output)
         self._problem = None
-        for backend in old.backends.values():
-            backend.close()
+        old.close()
         threading.Thread(target=self._look_around, name="portway-catalogue", daemon=True).start()
 
     def refuse(self, problem: str) -> None:
         """A new configuration is invalid: the old one stays, and /health says why."""
         self._problem = problem
         self._say(f"the configuration was not reloaded; the old one stays in force. {problem}")
-
-    def card(self, model: Model) -> dict[str, Any]:
-        """A model as /v1/models shows it. The window stands under the three names that clients look for."""
-        card: dict[str, Any] = {
-            "id": model.name,
-            "object": "model",
-            "created": int(self._started),
-            "owned_by": "portway",
-        }
-        window = self.state.catalogue.completed(model).num_ctx
-        if window is not None:
-            card |= {"context_length": window, "context_window": window, "meta": {"n_ctx": window}}
-        card["portway"] = {
-            "backend": model.backend.name,
-            "kind": model.backend.kind,
-            "model": model.model,
-            "family": model.family,
-            "chain": [member.name for member in self.state.config.chain(model)],
-            "aliases": list(model.aliases),
-            "flag": model.flag or None,
-        }
-        return card
 
     def health(self) -> dict[str, Any]:
         """GET /health. Asks nobody: it tells what is known."""
@@ -820,6 +797,7 @@ class Daemon:
             "uptime_s": round(time.time() - self._started, 1),
             "config": {"path": config.path, "problem": self._problem},
             "log": {"dropped": self.log.dropped, "problem": self.log.problem} if self.log else None,
+            "cache": _cache_health(self.cache) if self.cache else None,
             "in_flight": self._server.in_flight.count,
             "connections": self._server.connections,
             "unreachable": {name: error.message for name, error in self.state.catalogue.problems().items()},
@@ -838,10 +816,7 @@ class Daemon:
         )
 
     def _build(self, config: Config) -> State:
-        backends = {name: _KINDS[backend.kind](backend) for name, backend in config.backends.items()}
-        catalogue = Catalogue(config)
-        router = Router(config, backends, self._cooling, catalogue.completed)
-        return State(config, Guards(config), backends, catalogue, router)
+        return State.of(config, self._cooling, self.cache, self._flights)
 
     def _look_around(self) -> None:
         """Ask the backends what they have, and say what is missing."""
@@ -851,7 +826,8 @@ class Daemon:
             self._say(line)
 
 
-_KINDS: Mapping[str, Callable[[Any], Backend]] = {"ollama": OllamaBackend, "openai": OpenAIBackend}
+def _cache_health(cache: Cache) -> dict[str, Any]:
+    return {"dropped": cache.dropped, "problem": cache.problem or None, "notice": cache.notice or None}
 
 
 def _to_stderr(text: str) -> None:
@@ -860,9 +836,9 @@ def _to_stderr(text: str) -> None:
 
 def serve(config: Config, *, config_path: str | None, environ: Mapping[str, str]) -> int:
     """Serve until SIGTERM or SIGINT; reload on SIGHUP and when the file has changed. The exit code."""
-    log = _open_log(config, environ)
+    log, cache = _open_log(config, environ), _open_cache(config, environ)
     try:
-        daemon = Daemon(config, log=log)
+        daemon = Daemon(config, log=log, cache=cache)
     except OSError as exc:
         where = f"{config.server.host}:{config.server.port}"
         _to_stderr(f"can't listen on {where}: {exc.strerror}; stop what does, or change server.port")
@@ -879,8 +855,9 @@ def serve(config: Config, *, config_path: str | None, environ: Mapping[str, str]
     signal.signal(signal.SIGTERM, signal.SIG_DFL)  # a second one ends it at once
     signal.signal(signal.SIGINT, signal.SIG_DFL)
     ended = daemon.stop()
-    if log:
-        log.close(CLOSE_LOG)
+    for aside in (log, cache):
+        if aside:
+            aside.close(CLOSE_ASIDE)
     return 0 if ended else 1
 
 
@@ -891,6 +868,13 @@ def _open_log(config: Config, environ: Mapping[str, str]) -> Log | None:
     price = Price(config.price.input, config.price.output)
     path = config.log.file or log_path(environ)
     return Log(path, max_bytes=config.log.max_size, keep=config.log.keep, price=price)
+
+
+def _open_cache(config: Config, environ: Mapping[str, str]) -> Cache | None:
+    if not config.cache.enabled:
+        return None
+    lifetime = max((model.cache for model in config.models.values()), default=0.0)
+    return Cache(config.cache.file or default_path(environ), config.cache.max_size, lifetime or LIFETIME)
 
 
 def _attend(daemon: Daemon, watcher: ConfigWatcher, events: SimpleQueue[str]) -> None:

@@ -22,7 +22,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
-from portway.telemetry import LINE_START, iso_time, log_path, old_files, undisturbed
+from portway.telemetry import iso_time, log_path, old_files, undisturbed
 
 OK = 0
 USAGE = 2
@@ -277,14 +277,14 @@ def read(paths: Iterable[str], since: str = "") -> Iterator[dict[str, Any]]:
 def parse(block: bytes) -> tuple[list[dict[str, Any]], int]:
     """The lines of a block, and how many of it are broken."""
     count = block.count(b"\n")
-    if count == block.count(b"}\n") == block.count(b"\n" + LINE_START) + 1 and block.startswith(LINE_START):
-        try:  # all look like ours: as one array, they take half the time
+    if count == block.count(b'"ts":') and block.endswith(b"}\n"):
+        try:  # as one array, they take half the time
             lines = json.loads(b"[%b]" % block[:-1].replace(b"\n", b","))
-        except ValueError:
-            pass
-        else:
-            if len(lines) == count:
-                return lines, 0
+        except (ValueError, RecursionError):
+            return _parse_each(block)
+        # as many objects as lines, each with a `ts` of its own: so none holds another, and none was cut in two
+        if len(lines) == count and all(type(line) is dict and "ts" in line for line in lines):
+            return lines, 0
     return _parse_each(block)
 
 

@@ -30,6 +30,7 @@ from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from portway.answers import Found
     from portway.call import Attempt, Call, Served
     from portway.errors import PortwayError
 
@@ -110,6 +111,7 @@ class Record:
     truncated: bool = False
     cancelled_in: str | None = None
     exit_code: int | None = None
+    document: bytes = b""  # an answer out of the cache; the writer takes its sizes from it
 
     def begin(self, call: Call) -> None:
         """It is a request to a model."""
@@ -133,6 +135,16 @@ class Record:
         self.completion_tokens = tally.completion_tokens
         self.response_chars = tally.content_chars
         self.truncated = tally.truncated
+
+    def found(self, found: Found, first: float | None) -> None:
+        """There was an answer, of a target or of the cache; `first` as above."""
+        self.cache_hit = {"HIT": True, "MISS": False}.get(found.facts.cache)
+        if found.served is not None:
+            self.served(found.served, first)
+            return
+        self.served_by = found.facts.served_by
+        self.first = first
+        self.document = found.document
 
     def failed(self, error: PortwayError) -> None:
         """It ends with an error, which knows of the attempts if there were any."""
@@ -195,6 +207,8 @@ class Record:
 def line(record: Record, price: Price) -> dict[str, Any]:
     """A record's line in the log, each key always there; `ts` leads, so that lines sort by time as text."""
     prompt_hash, prompt_chars = _digest(record.body)
+    if record.document:
+        _measure(record)
     return {
         "ts": iso_time(record.ts),
         "id": record.id or None,
@@ -225,6 +239,16 @@ def line(record: Record, price: Price) -> dict[str, Any]:
         "overhead_ms": _rounded(record.overhead, 3, 1000.0),
         "saved_usd": _saved(record, price),
     }
+
+
+def _measure(record: Record) -> None:
+    """Take the sizes of a stored answer, as its first asker's line had them."""
+    document = json.loads(record.document)
+    usage = document.get("usage") or {}
+    record.prompt_tokens, record.completion_tokens = usage.get("prompt_tokens"), usage.get("completion_tokens")
+    for choice in document.get("choices") or ():
+        record.response_chars += len(choice.get("message", {}).get("content") or choice.get("text") or "")
+    record.document = b""
 
 
 def iso_time(ts: float) -> str:

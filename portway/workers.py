@@ -61,3 +61,26 @@ class Workers:
             job()
         with self._lock:
             self._count -= 1
+
+
+class InFlight:
+    """Counts the requests under way. The condition guards `count`."""
+
+    def __init__(self) -> None:
+        self.count = 0
+        self._changed = threading.Condition()
+
+    def __enter__(self) -> None:
+        with self._changed:
+            self.count += 1
+
+    def __exit__(self, *_: object) -> None:
+        with self._changed:
+            self.count -= 1
+            if not self.count:
+                self._changed.notify_all()
+
+    def wait_for_none(self, timeout: float) -> bool:
+        """Until the last one has ended, for `timeout` seconds at most; whether it has."""
+        with self._changed:
+            return self._changed.wait_for(lambda: not self.count, timeout)

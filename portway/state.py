@@ -1,0 +1,72 @@
+"""All that follows from one configuration, built whole and swapped whole by a reload."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Self
+
+from portway.answers import Answers, Shared
+from portway.backend_ollama import OllamaBackend
+from portway.backend_openai import OpenAIBackend
+from portway.catalogue import Catalogue
+from portway.guards import Guards
+from portway.routing import Router
+
+if TYPE_CHECKING:
+    from portway.cache import Cache
+    from portway.call import Backend
+    from portway.config import Config, Model
+    from portway.flights import Flights
+    from portway.routing import Cooling
+
+
+@dataclass(frozen=True, slots=True)
+class State:
+    """A request keeps the one it began with. since: time.time() of its being built."""
+
+    config: Config
+    guards: Guards
+    backends: Mapping[str, Backend]
+    catalogue: Catalogue
+    answers: Answers
+    since: float
+
+    @classmethod
+    def of(cls, config: Config, cooling: Cooling, cache: Cache | None, flights: Flights[Shared]) -> Self:
+        """What follows from `config`; the rest outlives it."""
+        backends = {name: _KINDS[backend.kind](backend) for name, backend in config.backends.items()}
+        catalogue = Catalogue(config)
+        router = Router(config, backends, cooling, catalogue.completed)
+        return cls(config, Guards(config), backends, catalogue, Answers(router, cache, flights), time.time())
+
+    def card(self, model: Model) -> dict[str, Any]:
+        """A model as /v1/models shows it. The window stands under the three names that clients look for."""
+        card: dict[str, Any] = {
+            "id": model.name,
+            "object": "model",
+            "created": int(self.since),
+            "owned_by": "portway",
+        }
+        window = self.catalogue.completed(model).num_ctx
+        if window is not None:
+            card |= {"context_length": window, "context_window": window, "meta": {"n_ctx": window}}
+        card["portway"] = {
+            "backend": model.backend.name,
+            "kind": model.backend.kind,
+            "model": model.model,
+            "family": model.family,
+            "chain": [member.name for member in self.config.chain(model)],
+            "aliases": list(model.aliases),
+            "flag": model.flag or None,
+        }
+        return card
+
+    def close(self) -> None:
+        """Close idle connections to the backends; answers in flight end by themselves."""
+        for backend in self.backends.values():
+            backend.close()
+
+
+_KINDS: Mapping[str, Callable[[Any], Backend]] = {"ollama": OllamaBackend, "openai": OpenAIBackend}
