@@ -12,7 +12,7 @@ from bisect import bisect_left
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import Literal
 
 from portway.telemetry import Record
 
@@ -62,7 +62,7 @@ class Metrics:
 
     def observe(self, record: Record) -> None:
         """Count a finished request."""
-        key = _Key(_status(record), _cache(record), record.demoted)
+        key: _Key = (_status(record), _cache(record), record.demoted)
         with self._lock:
             series = self._series.get(record.model) or self._series[OTHER]
             series.requests[key] += 1
@@ -86,12 +86,7 @@ class Metrics:
         return "".join(f"{line}\n" for line in lines).encode("utf-8", "replace")
 
 
-class _Key(NamedTuple):
-    """How a request ended."""
-
-    status: str
-    cache: str
-    demoted: bool
+_Key = tuple[str, str, bool]  # status, cache, demoted; a NamedTuple would cost a fifth of observe()
 
 
 def _status(record: Record) -> str:
@@ -155,8 +150,8 @@ class _Histogram:
 def _requests(series: Mapping[str, _Series]) -> Iterator[str]:
     yield from _head("requests_total", "counter", "Requests, by how they ended.")
     for model, each in series.items():
-        for key, count in sorted(each.requests.items()):
-            labels = {"model": model, "status": key.status, "cache": key.cache, "demoted": str(key.demoted).lower()}
+        for (status, cache, demoted), count in sorted(each.requests.items()):
+            labels = {"model": model, "status": status, "cache": cache, "demoted": str(demoted).lower()}
             yield _sample("requests_total", labels, count)
 
 

@@ -32,7 +32,6 @@ from queue import Empty, SimpleQueue
 from typing import TYPE_CHECKING, Any
 from urllib.parse import unquote
 
-from portway import __version__
 from portway.answers import Facts, Found, Shared
 from portway.cache import LIFETIME, Cache
 from portway.cache_file import default_path
@@ -41,10 +40,12 @@ from portway.config import ConfigError, ConfigWatcher
 from portway.errors import ClientError, ClientGone, PortwayError
 from portway.flights import Flights
 from portway.http1 import MAX_HEAD, BadMessage, Incoming, RequestHead, as_client_error, parse_request
+from portway.metrics import CONTENT_TYPE, Metrics
 from portway.request import find_model, read_call
 from portway.routing import ChainExhausted, Cooling
 from portway.state import State
 from portway.telemetry import Log, Price, Record, log_path
+from portway.vitals import Vitals
 from portway.watch import ClientWatch
 from portway.wire import DONE, dumps, sse
 from portway.workers import InFlight, Workers
@@ -72,6 +73,7 @@ ROUTES: Mapping[str, Mapping[str, str]] = {
     "/models": {"GET": "get_models"},
     "/models/{id}": {"GET": "get_model"},
     "/health": {"GET": "get_health"},
+    "/metrics": {"GET": "get_metrics"},
 }
 
 
@@ -383,9 +385,12 @@ class Handler(BaseHTTPRequestHandler):
     def _write_down(self) -> None:
         """The request's line in the log. Whoever only asks how we are, again and again, is not worth one."""
         self._record.finish(time.monotonic(), self.watch.waited)
-        log = self.server.daemon.log
-        if log and not (self._record.status == 200 and self.head.path.endswith(_UNLOGGED)):
-            log.record(self._record)
+        if self._record.status == 200 and self.head.path.endswith(_UNLOGGED):
+            return
+        daemon = self.server.daemon
+        daemon.metrics.observe(self._record)
+        if daemon.log:
+            daemon.log.record(self._record)
 
     def _dispatch(self, incoming: Incoming) -> None:
         if incoming.refusal:
@@ -462,6 +467,10 @@ class Handler(BaseHTTPRequestHandler):
     def get_health(self, _rest: str) -> None:
         """GET /health."""
         self.respond(200, {}, dumps(self.server.daemon.health()))
+
+    def get_metrics(self, _rest: str) -> None:
+        """GET /metrics, for Prometheus."""
+        self.respond(200, {"Content-Type": CONTENT_TYPE}, self.server.daemon.metrics.render())
 
     # writing
 
@@ -736,10 +745,11 @@ class Daemon:
         self.cache = cache
         self._flights: Flights[Shared] = Flights()
         self._cooling = Cooling(config.cooldown)
-        self._started = time.time()
         self._problem: str | None = None  # why the newest configuration is not in force
         self.state = self._build(config)
         self._server = Server(self)
+        self._vitals = Vitals(self._server, self._cooling, log, cache)
+        self.metrics = Metrics(config.models, self._vitals.readings())
         self._thread = threading.Thread(target=self._server.serve_forever, name="portway-accept", daemon=True)
 
     @property
@@ -779,6 +789,7 @@ class Daemon:
         if self.log:
             self.log.price = Price(config.price.input, config.price.output)
         self._problem = None
+        self.metrics.use(config.models)
         old.close()
         threading.Thread(target=self._look_around, name="portway-catalogue", daemon=True).start()
 
@@ -788,24 +799,8 @@ class Daemon:
         self._say(f"the configuration was not reloaded; the old one stays in force. {problem}")
 
     def health(self) -> dict[str, Any]:
-        """GET /health. Asks nobody: it tells what is known."""
-        config = self.state.config
-        cooling = self._cooling.cooling()
-        return {
-            "status": "ok",
-            "version": __version__,
-            "uptime_s": round(time.time() - self._started, 1),
-            "config": {"path": config.path, "problem": self._problem},
-            "log": {"dropped": self.log.dropped, "problem": self.log.problem} if self.log else None,
-            "cache": _cache_health(self.cache) if self.cache else None,
-            "in_flight": self._server.in_flight.count,
-            "connections": self._server.connections,
-            "unreachable": {name: error.message for name, error in self.state.catalogue.problems().items()},
-            "cooling": [
-                {"backend": backend, "model": model, "seconds": round(left, 1)}
-                for (backend, model), left in sorted(cooling.items())
-            ],
-        }
+        """GET /health: what is known; nobody is asked."""
+        return {"config": {"path": self.state.config.path, "problem": self._problem}, **self._vitals.health(self.state)}
 
     def unforeseen(self, exc: Exception) -> PortwayError:
         """A bug of ours: its trace goes to stderr under an id, and only the id to the client."""
@@ -824,10 +819,6 @@ class Daemon:
         catalogue.refresh()
         for line in catalogue.missing():
             self._say(line)
-
-
-def _cache_health(cache: Cache) -> dict[str, Any]:
-    return {"dropped": cache.dropped, "problem": cache.problem or None, "notice": cache.notice or None}
 
 
 def _to_stderr(text: str) -> None:

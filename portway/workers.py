@@ -30,6 +30,11 @@ class Workers:
         return self._count >= self._limit and not self._jobs.empty()
 
     @property
+    def waiting(self) -> int:
+        """Jobs that no thread has taken yet."""
+        return self._jobs.qsize()
+
+    @property
     def count(self) -> int:
         """Threads alive."""
         return self._count

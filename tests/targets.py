@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
+from tests.daemon import Daemon
 from tests.doubles import (
     LAST_CHUNK,
     Action,
@@ -47,6 +49,14 @@ class Target(ScriptedServer):
         if self._answers:
             return self._answers.pop(0)
         return self._for_ever if self._for_ever is not None else json_reply({"error": "the script has run out"}, 500)
+
+    def add_answer(self, *replies: Reply) -> None:
+        """Append to the script."""
+        self._answers.extend(replies)
+
+    def put_first(self, reply: Reply) -> None:
+        """Play this for the next request."""
+        self._answers.insert(0, reply)
 
     @property
     def asked(self) -> list[ScriptedRequest]:
@@ -158,6 +168,13 @@ def ended(kind: str) -> bytes:
     if kind == "ollama":
         return raw_part(kind, last_line()) + LAST_CHUNK
     return raw_part(kind, finish()) + chunk(b"data: [DONE]\n\n") + LAST_CHUNK
+
+
+@contextmanager
+def client_of(toml: str) -> Iterator[RawClient]:
+    """A client of a daemon that serves by this configuration."""
+    with Daemon(toml) as daemon, daemon.client() as client:
+        yield client
 
 
 # --- what a client sees ---------------------------------------------------------------------------

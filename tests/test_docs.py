@@ -1,5 +1,6 @@
 """The documents tell all of the public surface, and nothing that is not there."""
 
+import json
 import re
 import unittest
 from pathlib import Path
@@ -22,7 +23,7 @@ def section(title):
 class ReferenceTest(unittest.TestCase):
     def test_every_route(self):
         """Each route stands in the table with its method, and no other does."""
-        routes = {f"{method} {'' if path == '/health' else '/v1'}{path}"
+        routes = {f"{method} {'' if path in ('/health', '/metrics') else '/v1'}{path}"
                   for path, methods in proxy.ROUTES.items() for method in methods}
         self.assertEqual(routes, set(re.findall(r"^\| `((?:GET|POST) [^`]+)`", section("Routes"), re.MULTILINE)))
 
@@ -58,7 +59,7 @@ class ReferenceTest(unittest.TestCase):
     def test_every_log_field(self):
         """Each field of a log line is listed, and no other is."""
         record = telemetry.Record(0.0, 0.0)
-        fields = set(telemetry.line(record, telemetry.Price()))
+        fields = set(json.loads(telemetry.line(record, telemetry.Price())))
         table = section("The log").split("|---|---|\n")[1]
         listed = {name for row in table.splitlines() if row.startswith("|")
                   for name in re.findall(r"`([a-z_]+)`", row.split("|")[1])}

@@ -103,6 +103,7 @@ class Page(unittest.TestCase):
         metrics = Metrics(["old"])
         metrics.observe(a_record(model="old"))
         metrics.use(["new"])
+        metrics.use(["old", "new"])
         metrics.observe(a_record(model="new"))
         name = 'portway_request_duration_seconds_count{model="%s"}'
         self.assertEqual([samples(metrics)[name % model] for model in ("old", "new")], [1, 1])

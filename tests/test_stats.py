@@ -17,7 +17,7 @@ from unittest import mock
 
 from portway import stats
 from portway.stats import HELP, Figures, Piece, main, parse, quantile, read, read_options, summarize
-from portway.telemetry import Price, Record, line
+from portway.telemetry import LogFile, Price, Record, line, old_files
 
 ROOT = Path(__file__).resolve().parent.parent
 NOON = 1795003200.0  # 2026-11-18T12:00:00Z
@@ -27,7 +27,7 @@ def a_line(number: int = 0, **fields: Any) -> bytes:
     """A request that came `number` minutes after noon, as the daemon writes it."""
     given = {"model": "fast-9b", "served_by": "fast-9b", "endpoint": "chat", "status": 200, "host": "127.0.0.1"}
     record = Record(NOON + 60 * number, 100.0, **{"ended": 101.0, **given, **fields})
-    return json.dumps(line(record, Price(1.0, 2.0)), separators=(",", ":")).encode() + b"\n"
+    return line(record, Price(1.0, 2.0))
 
 
 class InAFolder(unittest.TestCase):
@@ -209,6 +209,21 @@ class Reading(InAFolder):
         alone = self.as_json()
         with mock.patch.object(stats, "SHARE", 40_000), mock.patch.object(os, "cpu_count", lambda: 2):
             self.assertEqual(self.as_json(), alone)
+
+    def test_no_file_is_renamed_while_all_are_read(self):
+        """Else a line could be counted twice, or never: rotation waits, lines don't."""
+        self.write(a_line())
+        pieces = stats._pieces
+
+        def write_meanwhile(paths: list[str], since: str) -> list[Piece]:
+            file = LogFile(self.path, max_bytes=10)
+            file.append([a_line(1)])
+            file.close()
+            return list(pieces(paths, since))
+
+        with mock.patch.object(stats, "_pieces", write_meanwhile):
+            self.assertEqual(self.as_json()["total"]["requests"], 2)
+        self.assertEqual(old_files(self.path), [])
 
     def test_read_gives_the_lines(self):
         """In order, from a moment on, without the broken ones."""
