@@ -8,23 +8,25 @@ servers on this machine that break these rules are broken.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import re
+from typing import NamedTuple
 
 from portway.errors import ClientError
 
-MAX_HEAD = 65_536  # bytes of one head; the OpenAI SDKs send about 1 KB
+MAX_HEAD = 65_536  # bytes of one head, or of one body's trailers; the OpenAI SDKs send about 1 KB
 MAX_FIELDS = 128  # header fields of one head
 MAX_UNREAD = 65_536  # bytes of a refused request's body that are read, so that its connection can live on
 MAX_CHUNK_LINE = 1024  # bytes of a chunk's size line with its extensions
+MAX_EXTENSIONS = 65_536  # bytes of all chunk extensions of one body; nobody uses any (CVE-2023-39326)
 
 _TOKEN = b"!#$%&'*+-.^_`|~0123456789ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz"
-_FIELD_BYTES = bytes(b for b in range(256) if b in (0x09, 0x0D, 0x0A) or (b >= 0x20 and b != 0x7F))
-_TARGET_BYTES = bytes(range(0x21, 0x7F))
+_TEXT = bytes(b for b in range(256) if b == 0x09 or (b >= 0x20 and b != 0x7F))  # what a field's value may hold
+_TARGET = bytes(range(0x21, 0x7F))
 _HEX = b"0123456789abcdefABCDEF"
+_FIELD = re.compile(rb"[%b]+:[^\x00-\x08\x0a-\x1f\x7f]*" % re.escape(_TOKEN))
+_STATUS_LINE = re.compile(rb"HTTP/1\.([01]) ([1-5][0-9][0-9])(?: [^\x00-\x08\x0a-\x1f\x7f]*)?")
 # fields whose repetition makes a message mean two things
-_SINGLE = frozenset(
-    ("host", "content-length", "transfer-encoding", "content-type", "authorization", "origin", "expect", "date")
-)
+_SINGLE = frozenset(("host", "content-length", "transfer-encoding", "content-type", "authorization", "origin", "expect"))
 
 
 class BadMessage(ValueError):
@@ -35,8 +37,10 @@ class BadMessage(ValueError):
         self.status = status
 
 
-@dataclass(frozen=True, slots=True)
-class RequestHead:
+# --- heads ----------------------------------------------------------------------------------------
+
+
+class RequestHead(NamedTuple):
     """A request's head. Header names are lower-case; repeated fields are joined by ", "."""
 
     method: str
@@ -49,8 +53,7 @@ class RequestHead:
     keep_alive: bool
 
 
-@dataclass(frozen=True, slots=True)
-class ResponseHead:
+class ResponseHead(NamedTuple):
     """An answer's head. `length` None without `chunked` means: until the connection closes."""
 
     status: int
@@ -66,26 +69,24 @@ def parse_request(head: bytes) -> RequestHead:
     method, path, query, minor = _request_line(line)
     headers = _fields(block)
     length, chunked = _framing(headers, minor)
-    connection = headers.get("connection", "").lower()
-    keep_alive = connection == "keep-alive" if minor == 0 else "close" not in _words(connection)
     if minor and "host" not in headers:
         raise BadMessage("the Host header is missing")
-    return RequestHead(method, path, query, minor, headers, length, chunked, keep_alive)
+    return RequestHead(method, path, query, minor, headers, length, chunked, _keeps_alive(headers, minor))
 
 
-def parse_response(head: bytes, *, to_head: bool = False) -> ResponseHead:
-    """Read an answer's head. `to_head`: it answers a HEAD request and has no body. Raises BadMessage."""
+def parse_response(head: bytes) -> ResponseHead:
+    """Read the head of an answer to anything but HEAD. Raises BadMessage."""
     line, _, block = head.partition(b"\r\n")
-    if line[:7] != b"HTTP/1." or line[7:8] not in b"01" or line[8:9] != b" " or not line[9:12].isdigit():
+    found = _STATUS_LINE.fullmatch(line)
+    if found is None:
         raise BadMessage(f"not an HTTP/1.1 status line: {line[:60]!r}")
-    minor, status = int(line[7:8]), int(line[9:12])
+    minor, status = int(found[1]), int(found[2])
     headers = _fields(block)
     length, chunked = _framing(headers, minor)
-    if to_head or status < 200 or status in (204, 304):
+    if status < 200 or status in (204, 304):
         length, chunked = 0, False
-    words = _words(headers.get("connection", "").lower())
-    keep_alive = "close" not in words and (minor == 1 or "keep-alive" in words)
-    return ResponseHead(status, headers, length, chunked, keep_alive and (chunked or length is not None))
+    ends_by_itself = chunked or length is not None
+    return ResponseHead(status, headers, length, chunked, ends_by_itself and _keeps_alive(headers, minor))
 
 
 def _request_line(line: bytes) -> tuple[str, str, str, int]:
@@ -95,35 +96,36 @@ def _request_line(line: bytes) -> tuple[str, str, str, int]:
     method, target, version = parts
     if version not in (b"HTTP/1.1", b"HTTP/1.0"):
         raise BadMessage("only HTTP/1.1 and HTTP/1.0 are spoken here", 505 if version[:5] == b"HTTP/" else 400)
-    if target[:1] != b"/" or target.translate(None, _TARGET_BYTES):
+    if target[:1] != b"/" or target.translate(None, _TARGET):
         raise BadMessage("the request target must be a path")
     path, _, query = target.decode("ascii").partition("?")
     return method.decode("ascii"), path, query, version[7] - 48
 
 
 def _fields(block: bytes) -> dict[str, str]:
-    """Header fields, CRLF between them. One pass of C code checks the bytes; the rest is splitting."""
+    """Header fields, CRLF between them. What each line must be is checked for all at once, in C:
+    text but for the line ends, and names that are tokens."""
     if not block:
         return {}
-    lines = block.split(b"\r\n")
-    if block.count(b"\r") != len(lines) - 1 or block.count(b"\n") != len(lines) - 1:
-        raise BadMessage("a bare CR or LF in the head")
-    if block.translate(None, _FIELD_BYTES):
-        raise BadMessage("a control character in the head")
+    lines = block.decode("latin-1").split("\r\n")
+    if block.translate(None, _TEXT) != b"\r\n" * (len(lines) - 1):
+        raise BadMessage("a control character or a bare CR or LF in the head")
     if len(lines) > MAX_FIELDS:
         raise BadMessage(f"more than {MAX_FIELDS} header fields", 431)
     headers: dict[str, str] = {}
     for line in lines:
-        name, colon, value = line.partition(b":")
-        if not colon or not name or name.translate(None, _TOKEN):
+        name, colon, value = line.partition(":")
+        if not (colon and name):
             raise BadMessage(f"not a header field: {line[:60]!r}")
-        key = name.decode("ascii").lower()
-        text = value.strip(b" \t").decode("latin-1")
-        if key in headers:
-            if key in _SINGLE:
-                raise BadMessage(f"two {key} headers")
-            text = f"{headers[key]}, {text}"
-        headers[key] = text
+        key = name.lower()
+        if key not in headers:
+            headers[key] = value.strip(" \t")
+        elif key in _SINGLE:
+            raise BadMessage(f"two {key} headers")
+        else:
+            headers[key] += ", " + value.strip(" \t")
+    if "".join(headers).encode("latin-1").translate(None, _TOKEN):
+        raise BadMessage("a header name with a character that none may have")
     return headers
 
 
@@ -146,25 +148,33 @@ def _framing(headers: dict[str, str], minor: int) -> tuple[int | None, bool]:
     return int(length), False
 
 
-def _words(value: str) -> list[str]:
-    return [word.strip() for word in value.split(",")]
+def _keeps_alive(headers: dict[str, str], minor: int) -> bool:
+    words = [word.strip(" \t") for word in headers.get("connection", "").lower().split(",")]
+    return "close" not in words and (minor == 1 or "keep-alive" in words)
+
+
+# --- the chunked coding ---------------------------------------------------------------------------
+
+_SIZE, _DATA_END, _TRAILER = range(3)  # what the next line of the coding is
 
 
 class ChunkedDecoder:
     """Takes the chunked coding off, however the bytes are cut (RFC 9112 section 7.1).
 
     `done` is set when the last chunk and its trailer section were read; `rest` then holds what
-    came behind them. Extensions and trailers are read and dropped.
+    came behind them. Extensions and trailers are checked and dropped.
     """
 
-    __slots__ = ("_left", "_tail", "_trailer", "done", "rest")
+    __slots__ = ("_expected", "_extensions", "_left", "_tail", "_trailers", "done", "rest")
 
     def __init__(self) -> None:
         self.done = False
         self.rest = b""
+        self._expected = _SIZE
+        self._left = 0  # bytes of the present chunk's data that are still to come
         self._tail = b""  # the start of a line whose end is not in yet
-        self._left = 0  # bytes of the present chunk that are still to come, its CRLF included
-        self._trailer = -1  # bytes of trailers read; -1 = the last chunk is not in yet
+        self._extensions = 0  # bytes of them so far
+        self._trailers = 0  # bytes of them so far
 
     def feed(self, data: bytes) -> bytes:
         """The payload in `data`. Raises BadMessage."""
@@ -174,74 +184,88 @@ class ChunkedDecoder:
         pos = 0
         while not self.done:
             if self._left:
-                pos = self._chunk(data, pos, parts)
+                part = data[pos : pos + self._left]
+                parts.append(part)
+                pos += len(part)
+                self._left -= len(part)
                 if self._left:
                     break
-                continue
             end = data.find(b"\r\n", pos)
             if end < 0:
                 self._keep(data[pos:])
-                return b"".join(parts)
+                break
             self._line(data[pos:end])
             pos = end + 2
-        if self.done:
+        else:
             self.rest = data[pos:]
         return parts[0] if len(parts) == 1 else b"".join(parts)
 
-    def _chunk(self, data: bytes, pos: int, parts: list[bytes]) -> int:
-        """Move chunk data from `data[pos:]` into `parts`; the position behind it."""
-        end = pos + self._left
-        if self._left > 2:
-            part = data[pos : end - 2]
-            if part:
-                parts.append(part)
-        ending = data[max(pos, end - 2) : end]
-        if ending and ending != b"\r\n"[2 - min(2, self._left) :][: len(ending)]:
-            raise BadMessage("a chunk is longer than its size says")
-        self._left = max(0, end - len(data))
-        return min(end, len(data))
-
     def _line(self, line: bytes) -> None:
-        if self._trailer >= 0:
-            self._trailer += len(line) + 2
-            if not line:
-                self.done = True
-            elif self._trailer > MAX_HEAD:
+        if self._expected == _SIZE:
+            self._left = self._size(line)
+            self._expected = _DATA_END if self._left else _TRAILER
+        elif self._expected == _DATA_END:
+            if line:
+                raise BadMessage("a chunk is not as long as its size says")
+            self._expected = _SIZE
+        elif line:
+            self._trailers += len(line) + 2
+            if self._trailers > MAX_HEAD:
                 raise BadMessage("the trailers are too long", 431)
-            return
-        size, _, extension = line.partition(b";")
-        size = size.rstrip(b" \t") if extension else size
-        if len(line) > MAX_CHUNK_LINE or not 0 < len(size) <= 15 or size.translate(None, _HEX):
-            raise BadMessage("not a chunk size")
-        if line.translate(None, _FIELD_BYTES) or b"\n" in line or b"\r" in line:
-            raise BadMessage("a control character in a chunk extension")
-        count = int(size, 16)
-        if count:
-            self._left = count + 2
+            if not _FIELD.fullmatch(line):
+                raise BadMessage(f"not a trailer field: {line[:60]!r}")
         else:
-            self._trailer = 0
+            self.done = True
+
+    def _size(self, line: bytes) -> int:
+        size = line
+        if b";" in line:
+            size = line.partition(b";")[0].rstrip(b" \t")
+            self._extensions += len(line) - len(size)
+        if not 0 < len(size) <= 15 or size.translate(None, _HEX):
+            raise BadMessage("not a chunk size")
+        if len(line) > MAX_CHUNK_LINE or self._extensions > MAX_EXTENSIONS:
+            raise BadMessage("the chunk extensions are too long")
+        if line.translate(None, _TEXT):
+            raise BadMessage("a control character in a chunk extension")
+        return int(size, 16)
 
     def _keep(self, tail: bytes) -> None:
-        if len(tail) > (MAX_CHUNK_LINE if self._trailer < 0 else MAX_HEAD):
-            raise BadMessage("a chunk's line is too long")
+        """Wait for the rest of a line; what no rest can make right is refused at once."""
         if b"\n" in tail:
             raise BadMessage("a bare LF in the chunked coding")
+        if self._expected == _DATA_END:
+            if tail not in (b"", b"\r"):
+                raise BadMessage("a chunk is not as long as its size says")
+        elif self._expected == _SIZE:
+            if len(tail) > MAX_CHUNK_LINE + 1:  # its CR may be in
+                raise BadMessage("the chunk extensions are too long")
+        elif self._trailers + len(tail) > MAX_HEAD:
+            raise BadMessage("the trailers are too long", 431)
         self._tail = tail
 
 
+# --- a request's body -----------------------------------------------------------------------------
+
+
 class Incoming:
-    """A request while its body comes in."""
+    """A request while its body comes in.
+
+    refusal: what it is answered with instead of being served. poisoned: where the next request
+    begins is not known, so that the connection closes after the answer. complete: nothing more is
+    waited for. cors: the answer's CORS headers.
+    """
 
     def __init__(self, head: RequestHead, max_body: int) -> None:
         self.head = head
         self.cors: dict[str, str] = {}
         self.refusal: ClientError | None = None
-        self.poisoned = False  # where the next request begins is not known: close after the answer
+        self.poisoned = False
+        self.complete = not head.chunked and not head.length
         self._limit = max_body
         self._parts: list[bytes] = []
         self._size = 0
         self._decoder = ChunkedDecoder() if head.chunked else None
-        self.complete = not head.chunked and not head.length
         if head.length and head.length > max_body:
             self.refuse(_too_large(max_body))
 
@@ -255,11 +279,13 @@ class Incoming:
 
     @property
     def body(self) -> bytes:
+        """What has come in so far; nothing of a refused one."""
         return self._parts[0] if len(self._parts) == 1 else b"".join(self._parts)
 
     def refuse(self, error: ClientError) -> None:
-        """Answer with `error`; at once, and then close, unless little of the body is left to be read."""
+        """Answer with `error`: once the body is in if it is known to be small, else at once, and close."""
         self.refusal = self.refusal or error
+        self._parts.clear()
         small = self.head.length is not None and self.head.length <= MAX_UNREAD
         if not small:
             self.give_up()
@@ -281,11 +307,10 @@ class Incoming:
             part, rest = (data, b"") if len(data) <= missing else (data[:missing], data[missing:])
             self.complete = len(part) == missing
         self._size += len(part)
-        self._parts.append(part)
         if self._size > self._limit:
-            self._parts.clear()
-            self.complete = False
             self.refuse(_too_large(self._limit))
+        elif not self.refusal:
+            self._parts.append(part)
         return rest
 
 
@@ -296,4 +321,5 @@ def _too_large(limit: int) -> ClientError:
 
 
 def as_client_error(problem: BadMessage) -> ClientError:
+    """How a server answers bytes that it can't read."""
     return ClientError(f"Not a proper HTTP request: {problem}.", status=problem.status, code="bad_http")

@@ -239,12 +239,15 @@ class Handler(BaseHTTPRequestHandler):
                 if not self.keep_alive:
                     break
                 self._linger()
-            if self.keep_alive:
+            if self.keep_alive and time.monotonic() < self.expires:
                 self.server.park(self)
-                return
+            else:
+                self.time_out()
         except (OSError, ClientGone):
-            pass  # the client's end; there is nobody to tell
-        self.close()
+            self.close()  # the client's end; there is nobody to tell
+        except Exception as exc:  # noqa: BLE001 - a bug of ours must not cost a thread
+            self.server.daemon.unforeseen(exc)
+            self.close()
 
     def close(self) -> None:
         """The connection's end, from our side."""
@@ -252,9 +255,8 @@ class Handler(BaseHTTPRequestHandler):
         self.connection.close()
 
     def time_out(self) -> None:
-        """Waited too long while parked: 408 if it was in the middle of a request."""
-        self.keep_alive = False
-        if self._buffer or self._reading:
+        """Close; with a 408 if it took too long in the middle of a request."""
+        if self.keep_alive and (self._buffer or self._reading):
             error = ClientError("The request did not come in in time.", status=408, code="request_timeout")
             try:
                 self.connection.setblocking(False)
@@ -284,7 +286,7 @@ class Handler(BaseHTTPRequestHandler):
         self._buffer = data
 
     def _whole_request(self) -> Incoming | None:
-        """The next request with its body; None if it is not all in yet (or the connection is to close)."""
+        """The next request with its body; None if it is not all in yet, or has taken too long."""
         while True:
             incoming = self._reading = self._reading or self._begin()
             if incoming is not None:
@@ -295,7 +297,7 @@ class Handler(BaseHTTPRequestHandler):
                 if incoming.complete:
                     self._reading = None
                     return incoming
-            if not self._more():
+            if time.monotonic() >= self.expires or not self._more():
                 return None
 
     def _more(self) -> bool:
@@ -379,6 +381,7 @@ class Handler(BaseHTTPRequestHandler):
                 self._fail(self.server.daemon.unforeseen(exc))
             finally:
                 self._write_down()
+        self.expires = time.monotonic() + self.server.daemon.state.config.server.idle_timeout
         if incoming.poisoned:
             self._say_goodbye()
 
@@ -481,8 +484,8 @@ class Handler(BaseHTTPRequestHandler):
     def respond(self, status: int, headers: Mapping[str, str], body: bytes) -> None:
         """A whole answer in one write."""
         self._record.status = status
-        kind = {"Content-Type": "application/json"} if body else {}
-        head = self.head_bytes(status, {**kind, "Content-Length": str(len(body)), **headers})
+        kind = {"Content-Type": "application/json", "Content-Length": str(len(body))} if status != 204 else {}
+        head = self.head_bytes(status, {**kind, **headers})
         self.send(head if self.head.method == "HEAD" else head + body)
 
     def head_bytes(self, status: int, headers: Mapping[str, str]) -> bytes:
