@@ -796,6 +796,10 @@ class Daemon:
         old.close()
         threading.Thread(target=self._look_around, name="portway-catalogue", daemon=True).start()
 
+    def serves_other_than(self, config: Config) -> bool:
+        """Whether `config` would change anything: the file may have been written while we started."""
+        return replace(config, server=self.state.config.server) != self.state.config
+
     def refuse(self, problem: str) -> None:
         """A new configuration is invalid: the old one stays, and /health says why."""
         self._problem = problem
@@ -880,7 +884,7 @@ def _attend(daemon: Daemon, watcher: ConfigWatcher, events: SimpleQueue[str]) ->
         except ConfigError as exc:
             daemon.refuse(str(exc))
         else:
-            if new is not None and event != "start":
+            if new is not None and (event != "start" or daemon.serves_other_than(new)):
                 daemon.use(new)
                 _to_stderr(f"configuration reloaded from {new.path}")
         try:

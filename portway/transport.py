@@ -15,13 +15,13 @@ import socket
 import threading
 import time
 from collections import deque
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from portway.errors import BackendError, ClientGone
+from portway.errors import BackendError
 from portway.http1 import MAX_HEAD, BadMessage, ChunkedDecoder, ResponseHead, parse_response
+from portway.watch import NoClient
 
 if TYPE_CHECKING:
     import ssl
@@ -87,7 +87,7 @@ class Patience:
 class Reply:
     """An answer whose head is in. Read it with `read` or `read_all`, then `close`."""
 
-    __slots__ = ("_buffer", "_chunks", "_complete", "_connection", "_left", "_patience", "_watch", "head")
+    __slots__ = ("_buffer", "_chunks", "_closed", "_complete", "_connection", "_left", "_patience", "_watch", "head")
 
     def __init__(
         self, connection: _Connection, head: ResponseHead, buffer: bytes, watch: Watch, patience: Patience
@@ -100,6 +100,7 @@ class Reply:
         self._chunks = ChunkedDecoder() if head.chunked else None
         self._left = head.length
         self._complete = head.length == 0
+        self._closed = False
 
     def read(self) -> bytes:
         """The next bytes of the body, as many as are there; b"" at its end.
@@ -120,29 +121,34 @@ class Reply:
 
     def read_all(self, limit: int = MAX_PLAIN) -> bytes:
         """The rest of the body. Raises like `read`, and `bad_answer` past `limit` bytes."""
-        first = self.read()
-        if self._complete:
-            return first
-        parts, size = [first], len(first)
+        parts: list[bytes] = []
+        size = 0
+        if self._left is not None and self._left > limit:
+            raise _too_long(limit)
         while part := self.read():
             parts.append(part)
             size += len(part)
             if size > limit:
-                raise BackendError("bad_answer", f"the answer is longer than {limit} bytes")
-        return b"".join(parts)
+                raise _too_long(limit)
+        return parts[0] if len(parts) == 1 else b"".join(parts)
 
     def settle(self, seconds: float = SETTLE) -> None:
         """The answer is whole; read the body's closing bytes if they are there or come at once, so
-        that the connection can be kept."""
+        that the connection can be kept. The client has all that it needs: it may leave meanwhile."""
+        self._watch = NoClient()
         self._patience.last_call(time.monotonic() + seconds)
         try:
             while self.read():
                 pass
-        except (BackendError, ClientGone):
+        except BackendError:
             return  # the connection is not kept, that is all
 
     def close(self) -> None:
-        """Back to the pool if the body was read to its end, else closed: that cancels it."""
+        """Back to the pool if the body was read to its end, else closed: that cancels it. Once and for all:
+        a connection in the pool twice would give one client another's answer."""
+        if self._closed:
+            return
+        self._closed = True
         if self._complete and self.head.keep_alive and not self._buffer:
             self._connection.release(self.head)
         else:
@@ -170,6 +176,13 @@ class Reply:
         self._complete = True
 
 
+def _too_long(limit: int) -> BackendError:
+    return BackendError("bad_answer", f"the answer is longer than {limit} bytes")
+
+
+# --- the pool -------------------------------------------------------------------------------------
+
+
 class Pool:
     """The connections to one backend.
 
@@ -177,9 +190,9 @@ class Pool:
     """
 
     def __init__(self, backend: Backend) -> None:
-        self._backend = backend
+        self._dialer = _Dialer(backend)
+        self._max_idle = backend.max_idle
         self._idle: deque[_Connection] = deque()
-        self._tls: ssl.SSLContext | None = None
         self._closed = False
         self.keeps_streams = False  # whether the server has shown that it keeps a connection after a stream
 
@@ -187,35 +200,35 @@ class Pool:
         """Send one request and return once its answer's head is in.
 
         A pooled connection that the server has closed meanwhile is replaced; nothing is ever sent
-        twice that may have been worked on (see `_Connection.send_request`). Raises BackendError
-        and ClientGone.
+        twice that may have been worked on (see `_Connection.ask`). Raises BackendError and ClientGone.
         """
-        while True:
-            connection = self._take() or self._connect(limits, watch)
+        connection = self._take()
+        if connection is not None:
             try:
-                head, rest = connection.send_request(request, watch, patience)
+                return connection.ask(request, watch, patience)
             except _Stale:
-                connection.close()
-                continue
-            except BaseException:
-                connection.close()
-                raise
-            return Reply(connection, head, rest, watch, patience)
+                pass  # a fresh one can't be
+        return _Connection(self, self._dialer.dial(limits, watch)).ask(request, watch, patience)
 
     def give_back(self, connection: _Connection) -> None:
         """Keep it for the next request; one that must rest first behind those that need not."""
-        if self._closed or len(self._idle) >= self._backend.max_idle:
+        if len(self._idle) >= self._max_idle:
             connection.close()
         elif connection.rests():
             self._idle.appendleft(connection)
         else:
             self._idle.append(connection)
+        if self._closed:  # asked last, so that none slips in behind close()
+            self.close()
 
     def close(self) -> None:
         """Close the idle connections; those in use are closed as they come back."""
         self._closed = True
         while self._idle:
-            self._idle.pop().close()
+            try:
+                self._idle.pop().close()
+            except IndexError:
+                return  # another thread took the last one
 
     def _take(self) -> _Connection | None:
         while True:
@@ -226,143 +239,48 @@ class Pool:
             if connection.rests():
                 self._idle.append(connection)
                 return None
-            usable = connection.is_usable()
+            is_open = connection.is_open()
             if connection.streamed:
-                self.keeps_streams = usable
-            if usable:
+                self.keeps_streams = is_open
+            if is_open and not connection.is_old():
                 return connection
             connection.close()
 
-    def _connect(self, limits: Limits, watch: Watch) -> _Connection:
-        until = min(time.monotonic() + limits.connect, limits.answer_by)
-        error: BackendError | None = None
-        for family, address in self._addresses(watch, until):
-            try:
-                return _Connection(self, self._open(family, address, watch, until))
-            except BackendError as exc:
-                error = exc
-        raise error or self._unreachable("the name has no address")
 
-    def _open(self, family: int, address: tuple[str, int], watch: Watch, until: float) -> socket.socket:
-        sock = socket.socket(family, socket.SOCK_STREAM)
-        try:
-            sock.setblocking(False)
-            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-            with self._connecting():
-                code = sock.connect_ex(address)
-                if code in (errno.EINPROGRESS, errno.EWOULDBLOCK):
-                    if not watch.writable(sock, until):
-                        raise BackendError("connect_timeout", self._said("did not answer in time"))
-                    code = sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
-                if code:
-                    raise OSError(code, os.strerror(code))
-                return self._secure(sock, watch, until) if self._backend.scheme == "https" else sock
-        except BaseException:
-            sock.close()
-            raise
-
-    def _secure(self, sock: socket.socket, watch: Watch, until: float) -> socket.socket:
-        import ssl  # 15 ms to import, and local servers speak plain HTTP
-
-        if self._tls is None:
-            self._tls = ssl.create_default_context()
-        secure = self._tls.wrap_socket(sock, server_hostname=self._backend.host, do_handshake_on_connect=False)
-        while True:
-            try:
-                secure.do_handshake()
-            except ssl.SSLWantReadError:
-                done = watch.readable(secure, until)
-            except ssl.SSLWantWriteError:
-                done = watch.writable(secure, until)
-            else:
-                return secure
-            if not done:
-                secure.close()
-                raise BackendError("connect_timeout", self._said("did not finish the TLS handshake in time"))
-
-    def _addresses(self, watch: Watch, until: float) -> list[tuple[int, tuple[str, int]]]:
-        """Where to connect to. "localhost" is both loopbacks, whatever the resolver makes of it:
-        servers listen on one of them and resolvers prefer either (llama-swap#84)."""
-        host, port = self._backend.host, self._backend.port
-        if host == "localhost":
-            return [(socket.AF_INET, ("127.0.0.1", port)), (socket.AF_INET6, ("::1", port))]
-        if ":" in host:
-            return [(socket.AF_INET6, (host, port))]
-        if host.replace(".", "").isdigit():
-            return [(socket.AF_INET, (host, port))]
-        return self._resolve(host, port, watch, until)
-
-    def _resolve(self, host: str, port: int, watch: Watch, until: float) -> list[tuple[int, tuple[str, int]]]:
-        """getaddrinfo() can't be given a limit, so a thread asks it and a socket says when it knows."""
-        found: list[tuple[int, tuple[str, int]]] = []
-        problem: list[OSError] = []
-        here, there = socket.socketpair()
-
-        def ask() -> None:
-            try:
-                for family, _, _, _, address in socket.getaddrinfo(host, port, type=socket.SOCK_STREAM):
-                    found.append((family, (str(address[0]), port)))
-            except OSError as exc:
-                problem.append(exc)
-            finally:
-                there.close()
-
-        with here:
-            threading.Thread(target=ask, name=f"portway-resolve-{host}", daemon=True).start()
-            if not watch.readable(here, until):
-                raise BackendError("connect_timeout", self._said("has a name that did not resolve in time"))
-        if problem:
-            raise self._unreachable(str(problem[0].strerror or problem[0])) from problem[0]
-        return found
-
-    @contextmanager
-    def _connecting(self) -> Iterator[None]:
-        try:
-            yield
-        except OSError as exc:  # ssl.SSLError is one
-            raise self._unreachable(str(exc.strerror or exc), exc.errno) from exc
-
-    def _unreachable(self, why: str, code: int | None = None) -> BackendError:
-        way_out = f"start {self._backend.name}, or correct backends.{self._backend.name}.url"
-        if code == errno.EHOSTUNREACH and not self._backend.host.startswith("127."):
-            # macOS 15+ blocks Python under launchd from the LAN with this very errno
-            way_out += "; on macOS allow Local Network access for the program that runs Portway"
-        return BackendError("connect_failed", self._said(f"can't be reached: {why}"), detail=why, way_out=way_out)
-
-    def _said(self, what: str) -> str:
-        return f"backend {self._backend.name} ({self._backend.url}) {what}"
+# --- one connection -------------------------------------------------------------------------------
 
 
 class _Stale(Exception):
     """A pooled connection was closed by the server before it read our request."""
 
 
+class _Reset(BackendError):
+    """The connection broke under a send or a receive."""
+
+    def __init__(self, exc: OSError) -> None:
+        why = str(exc.strerror or exc)
+        super().__init__("connection_lost", f"the connection broke: {why}", detail=why)
+
+
 class _Connection:
-    __slots__ = ("_pool", "_rests_until", "_reused", "_sock", "_usable_until", "streamed")
+    """A connected socket that carries one exchange at a time."""
+
+    __slots__ = ("_pending", "_poller", "_pool", "_rests_until", "_reused", "_sock", "_usable_until", "streamed")
 
     def __init__(self, pool: Pool, sock: socket.socket) -> None:
         self._pool = pool
         self._sock = sock
+        # bytes that the TLS layer holds decrypted: poll() does not know of them
+        self._pending: Callable[[], int] = getattr(sock, "pending", int)
+        self._poller = select.poll()
+        self._poller.register(sock, select.POLLIN)
         self._reused = False
         self._usable_until = 0.0
         self._rests_until = 0.0
         self.streamed = False  # its last answer was a stream
 
-    def rests(self) -> bool:
-        """Whether it is too soon to tell if the server keeps it. llama-server promises to, behind a
-        stream, and then closes; a request that meets that end is read and dropped without an answer."""
-        return self._rests_until > time.monotonic()
-
-    def is_usable(self) -> bool:
-        """Whether the server still keeps this idle connection open: nothing is there to be read."""
-        if time.monotonic() > self._usable_until:
-            return False
-        poller = select.poll()
-        poller.register(self._sock, select.POLLIN)
-        return not poller.poll(0)
-
-    def send_request(self, request: bytes, watch: Watch, patience: Patience) -> tuple[ResponseHead, bytes]:
-        """Send, then read the answer's head; also the bytes that came behind it.
+    def ask(self, request: bytes, watch: Watch, patience: Patience) -> Reply:
+        """Send, then read the answer's head. Closes itself, whatever it raises.
 
         Raises _Stale when a reused connection turns out reset before a single byte of an answer.
         A reset then means that the server's kernel threw our bytes away unread, so that sending
@@ -370,40 +288,24 @@ class _Connection:
         request may have been worked on, and it is an error.
         """
         try:
-            self._send(request, watch, patience)
-            data = self.receive(watch, patience)
-        except _Reset as exc:
-            if self._reused:
-                raise _Stale from exc
-            raise self._lost(exc) from exc
-        if not data:
-            if self._reused and self._is_reset():
-                raise _Stale
-            raise BackendError("connection_lost", "the connection was closed before an answer")
-        return self._read_head(data, watch, patience)
+            head, rest = self._read_head(self._first_bytes(request, watch, patience), watch, patience)
+        except BaseException:
+            self.close()
+            raise
+        return Reply(self, head, rest, watch, patience)
 
     def receive(self, watch: Watch, patience: Patience) -> bytes:
         """What has come in; b"" at the connection's end. Raises BackendError and ClientGone."""
-        sock = self._sock
+        wanted = select.POLLIN
         while True:
-            until = patience.until()
-            if not self._has_decrypted() and not watch.readable(sock, until):
-                raise patience.expired()
+            if not self._pending():
+                self._wait(wanted, watch, patience)
             try:
-                return sock.recv(RECEIVE)
-            except (BlockingIOError, InterruptedError):
-                continue
+                return self._sock.recv(RECEIVE)
             except OSError as exc:
-                if _wants_more(exc):
-                    continue
-                raise _Reset(str(exc.strerror or exc)) from exc
-
-    def _is_reset(self) -> bool:
-        """Whether a reset follows, or soon follows, the end that was just read: the server had closed
-        before our request reached it."""
-        poller = select.poll()
-        poller.register(self._sock, 0)  # errors are reported unasked
-        return bool(poller.poll(RESET_MS))
+                wanted = _wanted(exc, select.POLLIN)
+                if not wanted:
+                    raise _Reset(exc) from exc
 
     def release(self, head: ResponseHead) -> None:
         """Lay it in the pool, for as long as the server says that it keeps it."""
@@ -418,39 +320,86 @@ class _Connection:
         self._reused = True
         self._pool.give_back(self)
 
+    def rests(self) -> bool:
+        """Whether it is too soon to tell if the server keeps it. llama-server promises to, behind a
+        stream, and then closes; a request that meets that end is read and dropped without an answer."""
+        return self._rests_until > time.monotonic()
+
+    def is_old(self) -> bool:
+        """Whether it has lain idle for longer than the server keeps one."""
+        return time.monotonic() >= self._usable_until
+
+    def is_open(self) -> bool:
+        """Whether the server still keeps this idle connection open: nothing is there to be read."""
+        return not self._poller.poll(0) and not self._pending()
+
     def close(self) -> None:
         self._sock.close()
 
-    def _has_decrypted(self) -> bool:
-        pending = getattr(self._sock, "pending", None)  # only TLS sockets have one
-        return pending is not None and pending() > 0
+    def _first_bytes(self, request: bytes, watch: Watch, patience: Patience) -> bytes:
+        """Send, then receive; never b"". See `ask` for what is made of an end."""
+        try:
+            self._send(request, watch, patience)
+            data = self.receive(watch, patience)
+        except _Reset as exc:
+            data = self._last_words()
+            if not data:
+                raise self._ended(was_reset=True) from exc
+        if not data:
+            raise self._ended(was_reset=self._reused and self._is_reset())
+        return data
 
     def _send(self, request: bytes, watch: Watch, patience: Patience) -> None:
         view = memoryview(request)
-        while view:
+        _in_time(patience)
+        while True:
+            wanted = select.POLLOUT
             try:
-                sent = self._sock.send(view)
-            except (BlockingIOError, InterruptedError):
-                sent = 0
+                view = view[self._sock.send(view) :]
             except OSError as exc:
-                if not _wants_more(exc):
-                    raise _Reset(str(exc.strerror or exc)) from exc
-                sent = 0
-            view = view[sent:]
-            if view and not watch.writable(self._sock, patience.until()):
-                raise patience.expired()
+                wanted = _wanted(exc, select.POLLOUT)
+                if not wanted:
+                    raise _Reset(exc) from exc
+            if not view:
+                return
+            self._wait(wanted, watch, patience)
+
+    def _last_words(self) -> bytes:
+        """What came before the connection broke. A server that refuses a large request (400, 401, 413)
+        answers before it has read all of it, and closes: then our sending fails."""
+        try:
+            return self._sock.recv(RECEIVE)
+        except OSError:
+            return b""
+
+    def _ended(self, *, was_reset: bool) -> Exception:
+        """The exception for a connection that ended without a byte of an answer."""
+        if self.streamed:
+            self._pool.keeps_streams = False
+        if self._reused and was_reset:
+            return _Stale()
+        how = "reset" if was_reset else "closed"
+        return BackendError("connection_lost", f"the connection was {how} before an answer", detail=how)
+
+    def _is_reset(self) -> bool:
+        """Whether a reset follows, or soon follows, the end that was just read: the server had closed
+        before our request reached it."""
+        poller = select.poll()
+        poller.register(self._sock, 0)  # Linux reports errors unasked; elsewhere this only waits
+        poller.poll(RESET_MS)
+        return self._sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR) != 0
 
     def _read_head(self, data: bytes, watch: Watch, patience: Patience) -> tuple[ResponseHead, bytes]:
         while True:
             end = data.find(b"\r\n\r\n")
-            if end < 0:
-                if len(data) > MAX_HEAD:
-                    raise BackendError("bad_answer", f"the answer's head is longer than {MAX_HEAD} bytes")
+            if end < 0 and len(data) <= MAX_HEAD:
                 more = self.receive(watch, patience)
                 if not more:
                     raise BackendError("connection_lost", "the connection was closed inside the answer's head")
                 data += more
                 continue
+            if not 0 <= end <= MAX_HEAD:
+                raise BackendError("bad_answer", f"the answer's head is longer than {MAX_HEAD} bytes")
             try:
                 head = parse_response(data[:end])
             except BadMessage as exc:
@@ -458,28 +407,185 @@ class _Connection:
             data = data[end + 4 :]
             if head.status >= 200:
                 return head, data
+            if head.status == 101:
+                raise BackendError("bad_answer", "the server changes to a protocol that nobody asked for")
             # 100 Continue and 103 Early Hints: the real head follows
 
-    def _lost(self, exc: _Reset) -> BackendError:
-        return BackendError("connection_lost", f"the connection was lost before an answer: {exc.detail}")
+    def _wait(self, wanted: int, watch: Watch, patience: Patience) -> None:
+        wait = watch.readable if wanted == select.POLLIN else watch.writable
+        if not wait(self._sock, _in_time(patience)):
+            raise patience.expired()
 
 
-class _Reset(BackendError):
-    """The connection broke under a send or a receive."""
+def _in_time(patience: Patience) -> float:
+    """When the next wait must end. Raises BackendError when it is over already, however much there is to
+    be read: a server that never stops sending must not outlast its limits."""
+    until = patience.until()
+    if time.monotonic() >= until:
+        raise patience.expired()
+    return until
 
-    def __init__(self, why: str) -> None:
-        super().__init__("connection_lost", f"the connection broke: {why}", detail=why)
 
-
-def _wants_more(exc: OSError) -> bool:
-    """Whether a TLS socket only says that it needs the network first (SSLWantRead, SSLWantWrite)."""
-    return type(exc).__name__ in ("SSLWantReadError", "SSLWantWriteError")
+def _wanted(exc: OSError, usual: int) -> int:
+    """What a socket must wait for before the call can be made again, 0 if it has failed. A TLS socket
+    may want the other direction than the call's own."""
+    if isinstance(exc, BlockingIOError):
+        return usual
+    name = type(exc).__name__  # of the ssl module, which is imported only where it is needed
+    return {"SSLWantReadError": select.POLLIN, "SSLWantWriteError": select.POLLOUT}.get(name, 0)
 
 
 def _keep_alive_timeout(value: str) -> float:
     """Seconds in `Keep-Alive: timeout=5, max=100`; MAX_IDLE_AGE if it has none."""
     for word in value.split(","):
         name, _, number = word.strip().partition("=")
-        if name.lower() == "timeout" and number.isdigit():
+        if name.lower() == "timeout" and number.isascii() and number.isdigit():
             return float(number)
     return MAX_IDLE_AGE
+
+
+# --- a new connection -----------------------------------------------------------------------------
+
+
+class _Dialer:
+    """Makes connections to one backend: finds its addresses, connects, shakes hands."""
+
+    def __init__(self, backend: Backend) -> None:
+        self._backend = backend
+        self._tls: ssl.SSLContext | None = None
+
+    def dial(self, limits: Limits, watch: Watch) -> socket.socket:
+        """A connected socket, non-blocking. Raises BackendError and ClientGone.
+
+        Each address gets its share of the time, so that a dead one does not hide a live one. The
+        error is the first address's: the others are alternatives to it.
+        """
+        until = min(time.monotonic() + limits.connect, limits.answer_by)
+        addresses = self._addresses(watch, until)
+        error: BackendError | None = None
+        for left, (family, address) in zip(range(len(addresses), 0, -1), addresses, strict=True):
+            now = time.monotonic()
+            try:
+                return self._open(family, address, watch, now + (until - now) / left)
+            except BackendError as exc:
+                error = error or exc
+        raise error or self._unreachable("the name has no address")
+
+    def _open(self, family: int, address: Any, watch: Watch, until: float) -> socket.socket:
+        try:
+            sock = socket.socket(family, socket.SOCK_STREAM)
+        except OSError as exc:
+            raise self._failed(exc) from exc
+        try:
+            self._connect(sock, address, watch, until)
+            return self._secure(sock, watch, until) if self._backend.scheme == "https" else sock
+        except BaseException:
+            sock.close()
+            raise
+
+    def _connect(self, sock: socket.socket, address: Any, watch: Watch, until: float) -> None:
+        try:
+            sock.setblocking(False)
+            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            code = sock.connect_ex(address)
+        except OSError as exc:
+            raise self._failed(exc) from exc
+        if code == errno.EINPROGRESS:
+            if not watch.writable(sock, until):
+                raise BackendError("connect_timeout", self._said("did not answer in time"))
+            code = sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
+        if code:
+            raise self._failed(OSError(code, os.strerror(code)))
+
+    def _secure(self, sock: socket.socket, watch: Watch, until: float) -> socket.socket:
+        """TLS over `sock`, verified against the system's certificates or SSL_CERT_FILE's."""
+        import ssl  # 15 ms to import, and local servers speak plain HTTP
+
+        try:
+            if self._tls is None:
+                self._tls = ssl.create_default_context()
+            secure = self._tls.wrap_socket(sock, server_hostname=self._backend.host, do_handshake_on_connect=False)
+        except OSError as exc:
+            raise self._failed(exc) from exc
+        try:
+            self._shake_hands(secure, watch, until)
+        except BaseException:
+            secure.close()  # it has taken the descriptor over from `sock`
+            raise
+        return secure
+
+    def _shake_hands(self, secure: ssl.SSLSocket, watch: Watch, until: float) -> None:
+        while True:
+            try:
+                secure.do_handshake()
+            except OSError as exc:
+                wanted = _wanted(exc, select.POLLIN)
+                if not wanted:
+                    raise self._failed(exc) from exc
+            else:
+                return
+            wait = watch.readable if wanted == select.POLLIN else watch.writable
+            if not wait(secure, until):
+                raise BackendError("connect_timeout", self._said("did not finish the TLS handshake in time"))
+
+    def _addresses(self, watch: Watch, until: float) -> list[tuple[int, Any]]:
+        """Where to connect to. "localhost" is both loopbacks, whatever the resolver makes of it:
+        servers listen on one of them and resolvers prefer either (llama-swap#84)."""
+        host, port = self._backend.host, self._backend.port
+        if host == "localhost":
+            return [(socket.AF_INET, ("127.0.0.1", port)), (socket.AF_INET6, ("::1", port))]
+        for family in (socket.AF_INET, socket.AF_INET6):
+            try:
+                socket.inet_pton(family, host)
+            except OSError:
+                continue
+            return [(family, (host, port))]
+        return self._resolve(host, port, watch, until)
+
+    def _resolve(self, host: str, port: int, watch: Watch, until: float) -> list[tuple[int, Any]]:
+        """getaddrinfo() can't be given a limit, so a thread asks it and a socket says when it knows."""
+        found: list[tuple[int, Any]] = []
+        problem: list[OSError | UnicodeError] = []
+
+        def ask() -> None:
+            try:
+                infos = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+                found.extend((family, address) for family, _, _, _, address in infos)
+            except (OSError, UnicodeError) as exc:  # UnicodeError: no host name at all ("a..b")
+                problem.append(exc)
+            finally:
+                there.close()
+
+        try:
+            here, there = socket.socketpair()
+        except OSError as exc:
+            raise self._failed(exc) from exc
+        with here:
+            threading.Thread(target=ask, name=f"portway-resolve-{host}", daemon=True).start()
+            if not watch.readable(here, until):
+                raise BackendError("connect_timeout", self._said("has a name that did not resolve in time"))
+        if problem:
+            raise self._failed(problem[0]) from problem[0]
+        return found
+
+    def _failed(self, exc: OSError | UnicodeError) -> BackendError:
+        return self._unreachable(_in_words(exc), getattr(exc, "errno", None))
+
+    def _unreachable(self, why: str, code: int | None = None) -> BackendError:
+        way_out = f"start {self._backend.name}, or correct backends.{self._backend.name}.url"
+        if code == errno.EHOSTUNREACH and not self._backend.host.startswith("127."):
+            # macOS 15+ blocks Python under launchd from the LAN with this very errno
+            way_out += "; on macOS allow Local Network access for the program that runs Portway"
+        return BackendError("connect_failed", self._said(f"can't be reached: {why}"), detail=why, way_out=way_out)
+
+    def _said(self, what: str) -> str:
+        return f"backend {self._backend.name} ({self._backend.url}) {what}"
+
+
+def _in_words(exc: OSError | UnicodeError) -> str:
+    """What went wrong, without the ssl module's line numbers."""
+    if untrusted := getattr(exc, "verify_message", ""):
+        return f"its certificate is not trusted: {untrusted} (SSL_CERT_FILE can name further authorities)"
+    if isinstance(exc, OSError) and (reason := getattr(exc, "reason", None)):
+        return f"TLS failed: {reason.lower().replace('_', ' ')}"
+    return str(getattr(exc, "strerror", None) or exc)

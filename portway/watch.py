@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     import socket
 
 _HANGUP = getattr(select, "POLLRDHUP", 0)  # Linux; elsewhere the end shows as readable
+_LONGEST = 2**31 - 1  # milliseconds that poll() takes at most: 24 days
 
 
 class ClientWatch:
@@ -46,34 +47,45 @@ class ClientWatch:
         self._beat_at = time.monotonic() + self._every
 
     def readable(self, sock: socket.socket, until: float) -> bool:
+        """See Watch.readable."""
         return self._wait(sock.fileno(), select.POLLIN, until)
 
     def writable(self, sock: socket.socket, until: float) -> bool:
+        """See Watch.writable."""
         return self._wait(sock.fileno(), select.POLLOUT, until)
 
     def pause(self, until: float) -> None:
+        """See Watch.pause."""
         self._wait(-1, 0, until)
+
+    def look_only_for_the_end(self) -> None:
+        """Enough was read ahead: from now on only a hang-up is looked for. (Where there is no POLLRDHUP
+        it is not seen before something is written: the end stands behind the bytes that are left unread.)"""
+        self._poll.modify(self._client_fd, _HANGUP)
+
+    def look_for_all(self) -> None:
+        """Bytes are welcome again."""
+        self._poll.modify(self._client_fd, select.POLLIN | _HANGUP)
 
     def _wait(self, fd: int, events: int, until: float) -> bool:
         if fd != self._fd or events != self._events:
             self._turn_to(fd, events)
         started = now = time.monotonic()
-        while True:
-            wake = min(until, self._beat_at) if self._beat else until
-            ready = self._poll.poll(max(0, int((wake - now) * 1000) + 1) if wake > now else 0)
-            now = time.monotonic()
-            done = False
-            for ready_fd, what in ready:
-                if ready_fd == fd:
-                    done = True
-                else:
-                    self._client_stirred(what)
-            if done or now >= until:
-                self.waited += now - started
-                return done
-            if self._beat and now >= self._beat_at:
-                self._beat()
-                self.heard()
+        try:
+            while True:
+                wake = min(until, self._beat_at) if self._beat else until
+                ready = self._poll.poll(_milliseconds(wake - now))
+                now = time.monotonic()
+                if self._sees(ready, fd):
+                    return True
+                if now >= until:
+                    return False
+                if self._beat and now >= self._beat_at:
+                    self._beat()
+                    self.heard()
+                    now = time.monotonic()
+        finally:
+            self.waited += time.monotonic() - started
 
     def _turn_to(self, fd: int, events: int) -> None:
         if self._fd >= 0:
@@ -82,19 +94,28 @@ class ClientWatch:
             self._poll.register(fd, events)
         self._fd, self._events = fd, events
 
+    def _sees(self, ready: list[tuple[int, int]], fd: int) -> bool:
+        """Whether `fd` is among those that are ready. Raises ClientGone if the client is, for good."""
+        found = False
+        for ready_fd, what in ready:
+            if ready_fd == fd:
+                found = True
+            else:
+                self._client_stirred(what)
+        return found
+
     def _client_stirred(self, what: int) -> None:
         """Bytes are the next request, sent ahead; an end, also of one direction only, is a client that left."""
-        if what & select.POLLIN and self._read_ahead():
-            return
-        if what & (select.POLLIN | select.POLLERR | select.POLLHUP | select.POLLNVAL | _HANGUP):
+        if not what & select.POLLIN:
             raise ClientGone
-
-    def look_only_for_the_end(self) -> None:
-        """Enough was read ahead: from now on only a hang-up is looked for."""
-        self._poll.modify(self._client_fd, _HANGUP)
-
-    def look_for_all(self) -> None:
-        self._poll.modify(self._client_fd, select.POLLIN | _HANGUP)
+        try:
+            is_there = self._read_ahead()
+        except BlockingIOError:
+            return  # a false alarm
+        except OSError as exc:  # else its reset would look like the backend's
+            raise ClientGone from exc
+        if not is_there:
+            raise ClientGone
 
 
 class NoClient:
@@ -103,16 +124,24 @@ class NoClient:
     phase = "waiting"
 
     def readable(self, sock: socket.socket, until: float) -> bool:
+        """See Watch.readable."""
         return _ready(sock, select.POLLIN, until)
 
     def writable(self, sock: socket.socket, until: float) -> bool:
+        """See Watch.writable."""
         return _ready(sock, select.POLLOUT, until)
 
     def pause(self, until: float) -> None:
+        """See Watch.pause."""
         time.sleep(max(0.0, until - time.monotonic()))
 
 
 def _ready(sock: socket.socket, events: int, until: float) -> bool:
     poller = select.poll()
     poller.register(sock, events)
-    return bool(poller.poll(max(0, int((until - time.monotonic()) * 1000) + 1)))
+    return bool(poller.poll(_milliseconds(until - time.monotonic())))
+
+
+def _milliseconds(seconds: float) -> int:
+    """For poll(): rounded up, so that it never returns too early, over and over, at the end of a wait."""
+    return min(int(seconds * 1000) + 1, _LONGEST) if seconds > 0 else 0

@@ -12,27 +12,24 @@ IDLE = 60.0  # seconds after which a thread without work ends
 class Workers:
     """Runs jobs on at most `limit` threads; more jobs wait their turn.
 
-    `_idle` counts threads that wait for a job and are not promised to one yet. The lock guards
-    `_count`, the number of threads; nothing is waited for under it.
+    `_spare` is how many threads ask for a job less how many jobs are in the queue: below zero, jobs
+    wait; above, threads. Which thread then gets which job does not matter. The lock guards it and
+    `_count`, the number of threads, and jobs are put under it; nothing is waited for under it.
     """
 
-    def __init__(self, limit: int, name: str) -> None:
+    def __init__(self, limit: int, name: str, *, idle: float = IDLE) -> None:
         self._limit = limit
         self._name = name
+        self._idle = idle
         self._jobs: SimpleQueue[Callable[[], None]] = SimpleQueue()
-        self._idle = threading.Semaphore(0)
         self._lock = threading.Lock()
+        self._spare = 0
         self._count = 0
 
     @property
     def are_short(self) -> bool:
         """Whether jobs wait because every thread is busy: nobody should hold one without need."""
-        return self._count >= self._limit and not self._jobs.empty()
-
-    @property
-    def waiting(self) -> int:
-        """Jobs that no thread has taken yet."""
-        return self._jobs.qsize()
+        return self._spare < 0
 
     @property
     def count(self) -> int:
@@ -40,32 +37,54 @@ class Workers:
         return self._count
 
     def submit(self, job: Callable[[], None]) -> None:
-        """Run `job` on a thread of the pool. It must not raise."""
-        self._jobs.put(job)
-        if self._idle.acquire(blocking=False):
-            return
+        """Run `job` on a thread of the pool. What it raises ends its thread, with a trace on stderr, and
+        harms no other job."""
         with self._lock:
-            if self._count >= self._limit:
-                return
-            self._count += 1
-            number = self._count
-        threading.Thread(target=self._run, name=f"portway-{self._name}-{number}", daemon=True).start()
+            self._jobs.put(job)
+            self._spare -= 1
+            is_needed = self._add()
+        if is_needed:
+            self._start()
+
+    def _add(self) -> bool:
+        """Under the lock: count one thread more, if jobs wait and there may be one; whether."""
+        if self._spare >= 0 or self._count >= self._limit:
+            return False
+        self._count += 1
+        self._spare += 1
+        return True
+
+    def _start(self) -> None:
+        try:
+            threading.Thread(target=self._run, name=f"portway-{self._name}", daemon=True).start()
+        except RuntimeError:  # the system has no thread left: its job waits for one that we have, or may have later
+            with self._lock:
+                self._count -= 1
+                self._spare -= 1
 
     def _run(self) -> None:
-        while True:
-            try:
-                job = self._jobs.get_nowait()
-            except Empty:
-                self._idle.release()
-                try:
-                    job = self._jobs.get(timeout=IDLE)
-                except Empty:
-                    if self._idle.acquire(blocking=False):
-                        break  # nobody was promised this thread
-                    job = self._jobs.get()  # somebody was: the job is there, or about to be
-            job()
-        with self._lock:
-            self._count -= 1
+        try:
+            while (job := self._next()) is not None:
+                job()
+                with self._lock:
+                    self._spare += 1
+        finally:
+            with self._lock:
+                self._count -= 1
+                is_needed = self._add()
+            if is_needed:
+                self._start()
+
+    def _next(self) -> Callable[[], None] | None:
+        """The next job; None if there was none for long enough."""
+        try:
+            return self._jobs.get(timeout=self._idle)
+        except Empty:
+            with self._lock:
+                if self._spare > 0:
+                    self._spare -= 1
+                    return None
+        return self._jobs.get()  # it came at the last moment
 
 
 class InFlight:

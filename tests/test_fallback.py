@@ -319,7 +319,8 @@ class CommitTest(unittest.TestCase):
             cuts: list[list[Action]] = [[RESET], [CLOSE], [LAST_CHUNK]]
             cuts.append([raw_part(kind, error_body(kind, "it broke")), LAST_CHUNK])
             for cut in cuts:
-                bad, good = [before[kind], *cut], answer(kind, "Hello", stream=True)
+                bad: list[Action] = [before[kind], *cut]
+                good = answer(kind, "Hello", stream=True)
                 with self.subTest(kind=kind, cut=cut), Target(bad) as first, Target(good) as second:
                     with Daemon(chain(first.url, second.url, kinds=[kind])) as daemon, daemon.client() as client:
                         response = ask(client, stream=True)
@@ -339,12 +340,10 @@ class CommitTest(unittest.TestCase):
             },
         }
         for (what, content), kind in itertools.product(first_content.items(), KINDS):
-            ends = {
-                "connection_lost": [CLOSE],
-                "server_error": [raw_part(kind, error_body(kind, "it broke")), LAST_CHUNK],
-            }
+            broken = raw_part(kind, error_body(kind, "it broke"))
+            ends: dict[str, list[Action]] = {"connection_lost": [CLOSE], "server_error": [broken, LAST_CHUNK]}
             for reason, end in ends.items():
-                bad = [begun(kind) + raw_part(kind, content[kind]), *end]
+                bad: list[Action] = [begun(kind) + raw_part(kind, content[kind]), *end]
                 with self.subTest(what, kind=kind, reason=reason), Target(bad) as first, Target() as second:
                     with Daemon(chain(first.url, second.url, kinds=[kind])) as daemon, daemon.client() as client:
                         response = ask(client, stream=True)
@@ -363,7 +362,8 @@ class CommitTest(unittest.TestCase):
         """How the bytes are cut does not decide: content that came together with an error has come."""
         for kind in KINDS:
             reply = begun(kind, "one") + raw_part(kind, error_body(kind, "it broke")) + LAST_CHUNK
-            for bad in (reply, [Bytewise(reply)]):
+            ways: tuple[Reply, ...] = (reply, [Bytewise(reply)])
+            for bad in ways:
                 with self.subTest(kind=kind, bad=bad), Target(bad) as first, Target() as second:
                     with Daemon(chain(first.url, second.url, kinds=[kind])) as daemon, daemon.client() as client:
                         chunks = frames(ask(client, stream=True).body)
