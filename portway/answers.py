@@ -8,35 +8,37 @@ not fail by itself. Knows no HTTP.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING
 
 from portway import replay
 from portway.cache_rules import Control, is_storable, request_key, why_bypassed
+from portway.call import Composed
 from portway.errors import ClientError, PortwayError
 from portway.flights import Crashed, Flights, Landed, Leader
 from portway.wire import WireError
 
 if TYPE_CHECKING:
     from portway.cache import Cache, Entry
-    from portway.call import Call, Served, Watch
+    from portway.call import Attempt, Call, Served, Watch
     from portway.routing import Router
 
-MAX_KEPT = 4 * 1024 * 1024  # bytes of a stream kept for the cache and for those who wait
+MAX_KEPT = 8 * 1024 * 1024  # bytes of a stream kept for the cache and for those who wait: some 40,000 tokens
 
 
 @dataclass(slots=True)
 class Facts:
-    """What the client is told of its answer. cache: HIT, MISS or BYPASS. age: seconds, of a stored one."""
+    """What the client is told of its answer. cache: HIT, MISS or BYPASS. age: seconds, of a HIT."""
 
     served_by: str
     cache: str
     attempts: str = ""
     warnings: tuple[str, ...] = ()
     age: int | None = None
+    headers: Mapping[str, str] = field(default_factory=dict)  # further ones
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,15 +47,27 @@ class Shared:
 
     document: bytes
     served_by: str
-    attempts: str
-    warnings: tuple[str, ...]
+    attempts: Sequence[Attempt] = ()
+    warnings: tuple[str, ...] = ()
 
 
 class Found:
-    """An answer, whole in the cache or on its way from a target. Read it by `pieces` or by `body`."""
+    """An answer, whole in the cache or on its way from a target. Read it by `pieces` or by `body`.
 
-    def __init__(self, call: Call, facts: Facts, *, served: Served | None = None, document: bytes = b"") -> None:
+    served: who answers; None = nobody has to, `document` has the answer. attempts: all of them, for the log.
+    """
+
+    def __init__(
+        self,
+        call: Call,
+        facts: Facts,
+        attempts: Sequence[Attempt] = (),
+        *,
+        served: Served | None = None,
+        document: bytes = b"",
+    ) -> None:
         self.facts = facts
+        self.attempts = attempts
         self.served = served
         self.document = document
         self.kept: list[bytes] | None = None  # a stream's pieces, for who comes after; None = not kept
@@ -68,7 +82,7 @@ class Found:
         return self.served.whole or b""
 
     def pieces(self) -> Iterator[bytes]:
-        """The stream, as Answer.pieces has it."""
+        """The stream, as Answer.pieces has it. Raises what `client_left` was told once nobody waits any more."""
         if self.served is None:
             yield replay.replay(self.document, self._call, self.facts.served_by)
             return
@@ -76,6 +90,8 @@ class Found:
         yield self.served.first
         for piece in self.served.rest:
             self._keep(piece)
+            if self.leader is not None and self.leader.gone is not None:
+                self.leader.client_left(self.leader.gone)
             yield piece
 
     def late_warnings(self) -> list[str]:
@@ -83,9 +99,17 @@ class Found:
         warnings = self.served.answer.warnings if self.served else []
         return [warning for warning in warnings if warning not in self.facts.warnings]
 
-    def is_awaited(self) -> bool:
-        """Whether somebody else waits for it, so that it is to be read on when its client has left."""
-        return self.leader is not None and self.leader.has_waiters()
+    @property
+    def has_client(self) -> bool:
+        """False once its client has left, and it is read on for those who wait for the same."""
+        return self.leader is None or self.leader.gone is None
+
+    def client_left(self, error: Exception) -> None:
+        """Its client can't be written to any more. Raises `error`, unless somebody else waits for the
+        same: then the answer is to be read on to its end, and `find` raises it."""
+        if self.leader is None:
+            raise error
+        self.leader.client_left(error)
 
     def close(self) -> None:
         """Of the answer nothing more is read."""
@@ -112,63 +136,76 @@ class Answers:
     @contextmanager
     def find(self, call: Call, control: Control, watch: Watch, *, fallback: bool) -> Iterator[Found]:
         """The answer, to be read and closed within. Raises what Router.serve does, and ClientError 504
-        where the client wants a stored answer or none."""
+        where the client wants a stored answer or none; at the end, ClientGone or OSError if the client
+        left while its answer was read on for others."""
         cache = self._cache
-        bypass = why_bypassed(call, call.model.cache) if cache else "off"
-        if cache is None or bypass or control.no_store:
+        if cache is None or cache.is_off or control.no_store or why_bypassed(call, call.model.cache):
             _refuse_if_only_cached(control)
-            yield _Asked(self._router, call, watch, fallback).found("BYPASS")
+            found = _of(call, self._router.serve(call, watch, fallback=fallback), "BYPASS")
+            watch.phase = "answer"
+            yield found
             return
-        key = request_key(call, call.model)
-        seen = cache.puts
-        oldest = _shorter(call.model.cache, control.max_age)
-        stored = None if control.no_cache else cache.get(key, call.model.name, oldest)
+        search = _Search(self._router, cache, call, control, fallback)
+        stored = None if control.no_cache else search.stored()
         if stored is not None:
-            yield _told_again(call, stored)
+            watch.phase = "answer"
+            yield stored
             return
         _refuse_if_only_cached(control)
-        asked = _Asked(self._router, call, watch, fallback)
         if control.no_cache:
-            found = asked.found("MISS", keep=True)
-            yield found
-            _store(cache, key, call, found)
-            return
+            yield from search.of_target(watch)
+        else:
+            yield from search.with_others(self._flights, watch)
+
+
+class _Search:
+    """One call's way to an answer that may be kept."""
+
+    def __init__(self, router: Router, cache: Cache, call: Call, control: Control, fallback: bool) -> None:  # noqa: FBT001
+        self._router = router
+        self._cache = cache
+        self._call = call
+        self._fallback = fallback
+        self._key = request_key(call, call.model)
+        self._oldest = call.model.cache if control.max_age is None else min(call.model.cache, control.max_age)
+        self._puts = cache.puts  # as long as it stands still, what was a miss is one
+
+    def stored(self, *, again: bool = False) -> Found | None:
+        """The cache's answer. again: asked for the second time, so that it is not counted twice."""
+        entry = self._cache.get(self._key, self._call.model.name, self._oldest, count=not again)
+        return None if entry is None else _told_again(self._call, entry)
+
+    def with_others(self, flights: Flights[Shared], watch: Watch) -> Iterator[Found]:
+        """Another's answer to the same request, or a target's that others may share."""
         # without fallback nobody may get a demoted answer from another's call
-        place = self._flights.join(key if fallback else key + b"!")
+        place = flights.join(self._key if self._fallback else self._key + b"!")
         if not isinstance(place, Leader):
-            outcome = place.wait(watch, time.monotonic() + call.model.timeouts.total)
+            outcome = place.wait(watch, time.monotonic() + self._call.model.timeouts.total)
             if not isinstance(outcome, Leader):
-                yield _shared(call, outcome)
+                watch.phase = "answer"
+                yield _shared(self._call, outcome)
                 return
             place = outcome
         with place as leader:
-            if cache.puts != seen and (stored := cache.get(key, call.model.name, call.model.cache)):
-                leader.publish(Shared(stored.document, stored.served_by, "", _split(stored.warning)))
-                yield _told_again(call, stored)
-                return
-            found = _Asked(self._router, call, leader.watch(watch), fallback).found("MISS", keep=True)
-            found.leader = leader
-            yield found
-            _store(cache, key, call, found)
+            found = self.stored(again=True) if self._cache.puts != self._puts else None
+            if found is None:
+                yield from self.of_target(leader.watch(watch), leader)
+            else:  # somebody else's came between our look and our turn
+                leader.publish(_sharing(found, found.document))
+                watch.phase = "answer"
+                yield found
+
+    def of_target(self, watch: Watch, leader: Leader[Shared] | None = None) -> Iterator[Found]:
+        """A target's answer, which is kept if it is fit for that, and told to those who wait."""
+        call = self._call
+        found = _of(call, self._router.serve(call, watch, fallback=self._fallback), "MISS")
+        watch.phase = "answer"
+        found.kept = [] if call.stream else None
+        found.leader = leader
+        yield found
+        _store(self._cache, self._key, call, found)
+        if leader is not None:
             _publish(leader, found)
-
-
-@dataclass(frozen=True, slots=True)
-class _Asked:
-    """A call that a target has to answer."""
-
-    router: Router
-    call: Call
-    watch: Watch
-    fallback: bool
-
-    def found(self, verdict: str, *, keep: bool = False) -> Found:
-        served = self.router.serve(self.call, self.watch, fallback=self.fallback)
-        attempts = "; ".join(map(str, served.attempts)) if len(served.attempts) > 1 else ""
-        facts = Facts(served.model.name, verdict, attempts, tuple(served.answer.warnings))
-        found = Found(self.call, facts, served=served)
-        found.kept = [] if keep and self.call.stream else None
-        return found
 
 
 def _refuse_if_only_cached(control: Control) -> None:
@@ -181,40 +218,58 @@ def _refuse_if_only_cached(control: Control) -> None:
         )
 
 
-def _shorter(lifetime: float, max_age: float | None) -> float:
-    return lifetime if max_age is None else min(lifetime, max_age)
+# --- who has it -----------------------------------------------------------------------------------
+
+
+def _of(call: Call, served: Served, verdict: str) -> Found:
+    """A target's."""
+    facts = Facts(served.model.name, verdict, _told(served.attempts), tuple(served.answer.warnings))
+    if isinstance(served.answer, Composed):
+        facts.served_by, facts.headers = served.answer.served_by, served.answer.headers
+    return Found(call, facts, served.attempts, served=served)
 
 
 def _told_again(call: Call, entry: Entry) -> Found:
-    facts = Facts(entry.served_by, "HIT", warnings=_split(entry.warning), age=int(entry.age()))
-    return Found(call, facts, document=entry.document)
+    """The cache's."""
+    warnings = tuple(entry.warning.split("; ")) if entry.warning else ()
+    return Found(call, Facts(entry.served_by, "HIT", "", warnings, int(entry.age())), document=entry.document)
 
 
 def _shared(call: Call, outcome: Landed[Shared] | Crashed | None) -> Found:
+    """Another's. A HIT, as every cache calls it that makes one request of many: no model worked for it."""
     if isinstance(outcome, Landed):
         value = outcome.value
-        facts = Facts(value.served_by, "HIT", value.attempts, value.warnings, age=0)
-        return Found(call, facts, document=value.document)
-    if outcome is None:
-        seconds = call.model.timeouts.total
-        raise PortwayError(
-            f"An identical request was under way and did not end within {seconds:g} s.",
-            status=504,
-            type="api_error",
-            code="total_timeout",
-            headers={"x-should-retry": "false"},
-        )
-    raise _again(outcome.error)
+        facts = Facts(value.served_by, "HIT", _told(value.attempts), value.warnings, age=0)
+        return Found(call, facts, value.attempts, document=value.document)
+    if isinstance(outcome, Crashed):
+        raise _again(outcome.error)
+    seconds = call.model.timeouts.total
+    raise PortwayError(
+        f"An identical request was under way and did not end within {seconds:g} s.",
+        status=504,
+        type="api_error",
+        code="total_timeout",
+        headers={"x-should-retry": "false"},
+    )
 
 
 def _again(error: BaseException) -> BaseException:
-    """Another's error for one more client: a copy, since raising an error changes it."""
+    """Another's error for one more client: a copy, since raising one writes into it where it was raised."""
     if not isinstance(error, PortwayError):
-        return RuntimeError(f"an identical request failed: {error!r}")
-    copy = error.__class__.__new__(error.__class__)
-    copy.__dict__.update(error.__dict__)
-    copy.args = error.args
-    return copy
+        mistake = RuntimeError("an identical request met with a mistake of Portway's")
+        mistake.__cause__ = error
+        return mistake
+    twin = type(error).__new__(type(error), *error.args)
+    twin.__dict__.update(error.__dict__)
+    return twin
+
+
+def _told(attempts: Sequence[Attempt]) -> str:
+    """X-Portway-Attempts' value; one that went well at once is not worth telling."""
+    return "; ".join(map(str, attempts)) if len(attempts) > 1 else ""
+
+
+# --- who else gets it -----------------------------------------------------------------------------
 
 
 def _store(cache: Cache, key: bytes, call: Call, found: Found) -> None:
@@ -232,7 +287,8 @@ def _store(cache: Cache, key: bytes, call: Call, found: Found) -> None:
 
 
 def _publish(leader: Leader[Shared], found: Found) -> None:
-    """Whatever came: also a demoted answer, or one that was cut short, is what the others would have got."""
+    """Whatever came: also a demoted answer, or one that was cut short, is what the others would have got.
+    What can't be told again each of them has to ask for."""
     served = found.served
     if served is None or not leader.has_waiters():
         return
@@ -244,9 +300,10 @@ def _publish(leader: Leader[Shared], found: Found) -> None:
         else:
             return
     except WireError:
-        return  # one of those who wait asks for itself
-    leader.publish(Shared(document, found.facts.served_by, found.facts.attempts, tuple(served.answer.warnings)))
+        return
+    leader.publish(_sharing(found, document))
 
 
-def _split(warning: str) -> tuple[str, ...]:
-    return tuple(warning.split("; ")) if warning else ()
+def _sharing(found: Found, document: bytes) -> Shared:
+    warnings = (*found.facts.warnings, *found.late_warnings())
+    return Shared(document, found.facts.served_by, found.attempts, warnings)

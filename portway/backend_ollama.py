@@ -101,20 +101,16 @@ class OllamaAnswer:
             held += frames
             content = content or has_content
             if content or stream.done:
-                self._begun()
+                self._waiting.watch.phase = "answer"
                 if self.tally.truncated:
                     self.warnings.append("prompt_truncated")
                 yield held
-                self._waiting.patience.content()  # the client may have taken its time over it
+                self._waiting.patience.content()  # only now: the client may have taken its time over it
                 held = b""
             if error:
                 raise error
             if stream.done:
                 return
-
-    def _begun(self) -> None:
-        self._waiting.patience.content()
-        self._waiting.watch.phase = "answer"
 
     def _feed(self, lines: list[bytes]) -> tuple[bytes, bool, BackendError | None]:
         """(events, whether there was content, error): as far as a line that is an error; what stands before
@@ -140,6 +136,7 @@ class OllamaAnswer:
                     begun = True
                     yield lines
             if last := reader.finish():
+                begun = True
                 yield [last]
         except WireError as exc:
             raise BackendError("bad_answer", f"the answer is not what it should be: {exc}") from None

@@ -212,9 +212,8 @@ class OpenAIAnswer:
             frames, error = relay.frames(events)
             held += frames
             if held and (relay.content or relay.ended):
-                self._patience.content()
                 yield held
-                self._patience.content()  # the client may have taken its time over it
+                self._patience.content()  # only now: the client may have taken its time over it
                 held = b""
             if error:
                 raise error
@@ -521,7 +520,9 @@ def _segregate_whole(choice: dict[str, Any]) -> bool:
     """The same as _Relay does, for a plain answer; whether there was anything to do."""
     message = choice.get("message") or {}
     content = message.get("content")
-    if not isinstance(content, str) or not content.lstrip().startswith(OPEN) or message.get("reasoning_content"):
+    if not isinstance(content, str) or not content.lstrip().startswith(OPEN):
+        return False
+    if message.get("reasoning_content") or message.get("reasoning"):  # the server takes it apart by itself
         return False
     tags = ThinkTags()
     thought, text = tags.split(content)

@@ -51,6 +51,13 @@ class Entry:
         return max(0.0, time.time() - self.stored_at)
 
 
+class TurnedOff(Unusable):
+    """`portway cache off`."""
+
+    def __str__(self) -> str:
+        return "is turned off; `portway cache on` turns it on"
+
+
 # Makes the document that is stored, or None if the answer is not to be kept. Raises WireError.
 MakeDocument = Callable[[], bytes | None]
 
@@ -129,6 +136,7 @@ class Cache:
         self._readers: Readers | None = None  # None = the file can't be used now
         self._read_error: sqlite3.Error | None = None  # for the writer to look into
         self._problem = ""
+        self._is_off = False
 
         self._file: CacheFile | None = None  # this and the rest belong to the writer
         self._failures = 0  # in a row
@@ -145,6 +153,11 @@ class Cache:
         return self._problem
 
     @property
+    def is_off(self) -> bool:
+        """Whether `portway cache off` has turned it off."""
+        return self._is_off
+
+    @property
     def puts(self) -> int:
         """How many answers were handed in. As long as it stands still, what was a miss is one."""
         return self._puts
@@ -154,7 +167,7 @@ class Cache:
         """How many answers were not stored because the writer was too far behind."""
         return self._dropped
 
-    def get(self, key: bytes, model: str, max_age: float | None = None) -> Entry | None:
+    def get(self, key: bytes, model: str, max_age: float | None = None, *, count: bool = True) -> Entry | None:
         """The entry, if there is one that is no older than max_age seconds (None = any age).
 
         model: the logical name that was asked for, under which the look-up is counted.
@@ -162,7 +175,8 @@ class Cache:
         entry = self._waiting_entry(key) or self._stored_entry(key)
         if entry is not None and max_age is not None and entry.age() > max_age:
             entry = None
-        self._note(key, model, entry is not None)
+        if count:
+            self._note(key, model, entry is not None)
         return entry
 
     def put(self, key: bytes, make: MakeDocument, *, model: str, size: int, warning: str = "") -> None:
@@ -328,7 +342,7 @@ class Cache:
         if error is not None:
             raise error
         if os.path.exists(self.path + OFF_SUFFIX):
-            raise Unusable("is turned off; `portway cache on` turns it on")
+            raise TurnedOff
         if self._file is not None and not self._file.is_in_place():
             self._shut()
         if self._file is None:
@@ -351,6 +365,7 @@ class Cache:
                 self._readers = Readers(self.path)
             self._accepts = not self._closing
             recovered, self._problem = self._problem, ""
+            self._is_off = False
         self._failures = 0
         if recovered:
             self._say("the cache works again")
@@ -364,6 +379,7 @@ class Cache:
         before, problem = self._problem, f"the cache's file {self.path} {describe(error)}"
         with self._changed:
             self._problem = problem
+            self._is_off = isinstance(error, TurnedOff)
             if isinstance(error, Unusable):
                 self._forget()
         if problem != before:

@@ -42,8 +42,8 @@ class Row(NamedTuple):
     document: bytes
 
 
-class Found(NamedTuple):
-    """A stored answer as it is looked up."""
+class Stored(NamedTuple):
+    """What a look-up gives of a Row."""
 
     model: str
     stored_at: float
@@ -346,7 +346,7 @@ class Readers:
         self._idle: list[sqlite3.Connection] = []
         self._closed = False
 
-    def find(self, key: bytes) -> Found | None:
+    def find(self, key: bytes) -> Stored | None:
         """The answer under `key`. Raises sqlite3.Error; zlib.error if it is damaged."""
         with self._lock:
             db = self._idle.pop() if self._idle else None
@@ -361,7 +361,7 @@ class Readers:
         if row is None:
             return None
         model, stored_at, warning, packed, document = row
-        return Found(model, stored_at, warning, zlib.decompress(document) if packed else document)
+        return Stored(model, stored_at, warning, zlib.decompress(document) if packed else document)
 
     def close(self) -> None:
         """Close all connections; one that is in use is closed after its look-up."""

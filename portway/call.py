@@ -7,7 +7,7 @@ a socket of the other side, and nothing here knows HTTP.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
@@ -29,7 +29,8 @@ class Call:
 
     body: the JSON object as sent; a backend copies before it changes anything.
     raw: the same as bytes, so that what need not change can be relayed as it came.
-    model: the logical model that was asked for. id, created: the answer's own.
+    model: the logical model that was asked for. id, created: the answer's own. fallback: whether
+    others may answer in its place; a pseudo-model hands it on to those it asks.
     """
 
     endpoint: Endpoint
@@ -40,6 +41,7 @@ class Call:
     include_usage: bool
     id: str
     created: int
+    fallback: bool = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -153,6 +155,21 @@ class Answer(Protocol):
         """Give the connection back if the answer was read to its end, else close it, which is
         how a backend learns that nobody listens any more."""
         ...
+
+
+class Composed:
+    """Base of an Answer in which several models had a part: what the client is told of it beyond the
+    target's name. Both may change until the answer's first piece, or the whole of it, is there."""
+
+    @property
+    def served_by(self) -> str:
+        """X-Served-By's value."""
+        raise NotImplementedError
+
+    @property
+    def headers(self) -> Mapping[str, str]:
+        """Further headers."""
+        raise NotImplementedError
 
 
 class Backend(Protocol):

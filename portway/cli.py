@@ -33,6 +33,9 @@ has to, and always says who answered.
 Commands:
   serve      answer on http://127.0.0.1:11436/v1 until stopped
   check      validate the configuration and do nothing else
+  doctor     will it run here? what is missing, and what to do about it
+  init       write a models.toml for this machine's memory and models
+  service    run it from login on, under launchd or systemd
   stats      what the log says: requests, hits, demotions, times, dollars saved
   cache      show, purge or switch off the stored answers
   demo       show what Portway does, with no model server installed
@@ -96,6 +99,38 @@ Options:
                  without it
 """
 
+DOCTOR_HELP = """\
+usage: portway doctor [--config FILE] [--json]
+
+Looks at Python, the configuration, each backend and the models it has, this
+machine's memory and what fits into it, the port, files and clocks. Each
+finding is ok, a note, a warning or an error, and says what to do. It loads no
+model and changes nothing.
+
+Options:
+  --config FILE  examine this configuration; `portway --help` says which one
+                 without it
+  --json         print one JSON document instead
+
+Exit status: 0 nothing worse than a note, 3 warnings, 1 errors.
+"""
+
+INIT_HELP = """\
+usage: portway init [--memory SIZE] [--force] [--output FILE]
+
+Writes a models.toml that suits this machine: its memory, and the models that
+its Ollama already has, else recommended ones, which are not fetched. It shows
+the arithmetic. The file passes `portway check` and is short; what else can be
+set stands in the one that comes with Portway.
+
+Options:
+  --memory SIZE  for a machine of so much memory, like 24GB, instead of this
+                 one's
+  --force        replace the file if there is one, which becomes FILE.old
+  --output FILE  write it there instead of
+                 ${XDG_CONFIG_HOME:-~/.config}/portway/models.toml
+"""
+
 DEMO_HELP = """\
 usage: portway demo [--live] [--port N] [--once]
 
@@ -153,6 +188,8 @@ def _commands() -> dict[str, _Command]:
     return {
         "serve": _Command(_serve, {"--config": str, "--host": str, "--port": _port}, SERVE_HELP),
         "check": _Command(_check, {"--config": str}, CHECK_HELP),
+        "doctor": _Command(_doctor, {"--config": str, "--json": None}, DOCTOR_HELP),
+        "init": _Command(_init, {"--memory": str, "--force": None, "--output": str}, INIT_HELP),
         "demo": _Command(_demo, {"--live": None, "--port": _port, "--once": None}, DEMO_HELP),
         "ask-install": _Command(_ask_install, {"--bin": str}, ASK_INSTALL_HELP),
     }
@@ -167,7 +204,8 @@ def _dispatch(words: list[str]) -> int:
         return _show(HELP)
     if name == "--version":
         return _show(f"portway {__version__}\n")
-    own_words = {"standin": _standin, "stats": _stats, "cache": _cache}  # these read their words themselves
+    # these read their words themselves
+    own_words = {"standin": _standin, "stats": _stats, "cache": _cache, "service": _service}
     if name in own_words:
         return own_words[name](rest)
     commands = _commands()
@@ -203,6 +241,24 @@ def _check(options: dict[str, Any]) -> int:
     for line in config.describe(loaded):
         print(line)
     return OK
+
+
+def _doctor(options: dict[str, Any]) -> int:
+    from portway import doctor
+
+    return doctor.main(options.get("--config"), "--json" in options)
+
+
+def _init(options: dict[str, Any]) -> int:
+    from portway import first_config
+
+    return first_config.main(options.get("--memory"), "--force" in options, options.get("--output"))
+
+
+def _service(words: list[str]) -> int:
+    from portway import service
+
+    return service.main(words)
 
 
 def _demo(options: dict[str, Any]) -> int:

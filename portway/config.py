@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any, Literal, NamedTuple
 
-from portway import fields
+from portway import fields, panels
 from portway.fields import Mistake
 
 
@@ -47,7 +47,7 @@ class Backend:
     """[backends.NAME]. `base` is the path before the API's own ("" or "/proxy"), without /v1."""
 
     name: str
-    kind: Literal["ollama", "openai"]
+    kind: Literal["ollama", "openai", "council", "cascade"]  # the last two: see PANELS
     url: str  # as configured
     scheme: Literal["http", "https"]
     host: str
@@ -55,6 +55,18 @@ class Backend:
     base: str = ""
     api_key: str | None = None  # resolved
     max_idle: int = 16  # kept-alive connections held for reuse
+    local: bool | None = None  # whether its models are in this machine's memory; None = as its address says
+    max_parallel: int | None = None  # requests sent to it at once; None = any number
+    max_queue: int = 64  # requests that may wait for it
+
+
+# What stands behind a pseudo-model (panels.py) in a backend's place. No [backends.NAME] can be called so.
+PANELS: Mapping[str, Backend] = MappingProxyType(
+    {
+        "council": Backend("(council)", kind="council", url="", scheme="http", host="", port=0),
+        "cascade": Backend("(cascade)", kind="cascade", url="", scheme="http", host="", port=0),
+    }
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,7 +82,7 @@ class Timeouts:
 
 @dataclass(frozen=True, slots=True)
 class Model:
-    """[models.NAME]: a logical model."""
+    """[models.NAME]: a logical model. One with a `panel` is a pseudo-model: others answer for it."""
 
     name: str
     backend: Backend
@@ -90,6 +102,10 @@ class Model:
     cache: float = 0.0  # seconds for which answers are kept; 0.0 = off
     flag: str = ""  # `ask --FLAG` means this model
     default: bool = False  # what `ask` means without a flag
+    size: int | None = None  # bytes it takes in memory; None = asked of the backend, else estimated
+    preload: bool = False  # load it when the daemon starts
+    prefer_warm: bool = False  # if loading it takes too long, a loaded member of its chain answers
+    panel: panels.Council | panels.Cascade | None = None
 
 
 FLAG = "flag:"  # what a flag of `ask` is sent as; no logical name may begin so
@@ -127,6 +143,18 @@ class Cache:
 
 
 @dataclass(frozen=True, slots=True)
+class Memory:
+    """[memory]. Sizes in bytes, times in seconds."""
+
+    enabled: bool = True
+    budget: int | None = None  # for all models together; None = "auto", as the machine has it
+    reserve: int = 2 * 1024**3  # "auto" leaves this much to everything else
+    min_stay: float = 10.0  # how long a model stays at least once it is loaded
+    patience: float = 15.0  # how long requests for what is loaded go before one that would swap it
+    check: float = 10.0  # between two looks at what is loaded, while anything is used
+
+
+@dataclass(frozen=True, slots=True)
 class Price:
     """[price]: what the reference model asks for a million tokens, in dollars."""
 
@@ -147,6 +175,7 @@ class Config:
     log: Log = Log()
     cache: Cache = Cache()
     price: Price = Price()
+    memory: Memory = Memory()
     warnings: tuple[str, ...] = ()
 
     def resolve(self, name: str) -> Model | None:
@@ -158,8 +187,11 @@ class Config:
         return None if known is None else self.models[known]
 
     def flagged(self, flag: str) -> Model | None:
-        """The model behind a flag of `ask`; "default": the one marked so, else the first."""
+        """The model behind a flag of `ask`; "default": the one marked so, else the first; "council": the
+        first of that kind."""
         models = self.models.values()
+        if flag == "council":
+            return next((model for model in models if isinstance(model.panel, panels.Council)), None)
         if flag == "default":
             return next((model for model in models if model.default), next(iter(models)))
         return next((model for model in models if model.flag == flag), None)
@@ -358,6 +390,7 @@ def _checked(source: _Source, environ: Mapping[str, str]) -> Config:
     _check_backends(reader, models, backends)
     _check_fallbacks(reader, models, backends)
     _check_cycles(reader, models)
+    panels.check(reader, models)
     _check_aliases(reader, models)
     _check_flags(reader, models)
     if reader.mistakes:
@@ -408,11 +441,12 @@ def schema(environ: Mapping[str, str]) -> fields.Table:
         {
             "server": _server(environ),
             "backends": fields.Named(fields.name, _backend(environ)),
-            "models": fields.Named(fields.name, _model()),
+            "models": fields.Named(fields.name, fields.Tagged("kind", {"": _model(), **_panels()})),
             "cooldown": _cooldown(),
             "log": _log(),
             "cache": _cache(),
             "price": fields.Table({"input": fields.dollars, "output": fields.dollars}),
+            "memory": _memory(),
         }
     )
 
@@ -441,7 +475,15 @@ def _server(environ: Mapping[str, str]) -> fields.Table:
 def _backend(environ: Mapping[str, str]) -> fields.Table:
     kind = fields.choice("ollama", "openai")
     return fields.Table(
-        {"kind": kind, "url": fields.url, "api_key": fields.secret(environ), "max_idle": fields.whole(0, 10_000)},
+        {
+            "kind": kind,
+            "url": fields.url,
+            "api_key": fields.secret(environ),
+            "max_idle": fields.whole(0, 10_000),
+            "local": fields.flag,
+            "max_parallel": fields.whole(1, 10_000),
+            "max_queue": fields.whole(0, 10_000),
+        },
         {"kind": fields.one_of("ollama", "openai"), "url": fields.URL_ALLOWED},
     )
 
@@ -467,9 +509,22 @@ def _model() -> fields.Table:
             "cache": fields.lifetime,
             "flag": fields.tier,
             "default": fields.flag,
+            "size": fields.size(1, 1024**4),
+            "preload": fields.flag,
+            "prefer_warm": fields.flag,
         },
         {"backend": "the name of a [backends.NAME]", "model": "the backend's own name for the model"},
     )
+
+
+def _panels() -> Mapping[str, fields.Table]:
+    aside: dict[str, fields.Kind] = {
+        "timeouts": fields.Table({"total": fields.seconds(0.01, _DAY)}),
+        "aliases": fields.ListOf(fields.name, "a list of further names"),
+        "flag": fields.tier,
+        "default": fields.flag,
+    }
+    return panels.tables(fields.Named(_param_name, fields.json_value), aside)
 
 
 def _param_name(value: object) -> str:
@@ -486,6 +541,19 @@ def _cooldown() -> fields.Table:
 def _log() -> fields.Table:
     size, keep = fields.size(64 * 1024, 4 * 1024**3), fields.whole(0, 1000)
     return fields.Table({"enabled": fields.flag, "file": fields.path, "max_size": size, "keep": keep})
+
+
+def _memory() -> fields.Table:
+    return fields.Table(
+        {
+            "enabled": fields.flag,
+            "budget": fields.budget,
+            "reserve": fields.size(0, 1024**4),
+            "min_stay": fields.seconds(0, _DAY),
+            "patience": fields.seconds(0, _DAY),
+            "check": fields.seconds(0.01, _DAY),
+        }
+    )
 
 
 def _cache() -> fields.Table:
@@ -657,6 +725,7 @@ def _built(source: _Source, values: _Values, document: _Values) -> Config:
         log=Log(**values.get("log", {})),
         cache=Cache(**values.get("cache", {})),
         price=Price(**values.get("price", {})),
+        memory=Memory(**values.get("memory", {})),
         warnings=tuple(_warnings(source, document, models)),
     )
 
@@ -673,9 +742,12 @@ def _built_backend(name: str, values: _Values) -> Backend:
 
 def _built_model(name: str, values: _Values, backends: Mapping[str, Backend]) -> Model:
     given = dict(values)
-    given["backend"] = backends[given["backend"]]
     if "timeouts" in given:
         given["timeouts"] = Timeouts(**given["timeouts"])
+    if "kind" in given:
+        shared = {key: given[key] for key in ("timeouts", "aliases", "flag", "default") if key in given}
+        return Model(name, PANELS[given["kind"]], name, panel=panels.built(given), **shared)
+    given["backend"] = backends[given["backend"]]
     if "capabilities" in given:
         given["capabilities"] = frozenset(given["capabilities"])
     return Model(name, **given)
@@ -690,6 +762,8 @@ def _warnings(source: _Source, document: _Values, models: Mapping[str, Model]) -
         key = fields.dotted("models", model.name)
         yield from (f"{key}.{text}" for text in _warn_chain(model, models))
         yield from (f"{key}.{text}" for text in _warn_model(model, document["models"][model.name]))
+        if model.panel is not None:
+            yield from (f"{key}.{text}" for text in panels.warnings(model.panel))
     yield from _warn_windows(models.values())
 
 
@@ -725,8 +799,8 @@ def _warn_chain(model: Model, models: Mapping[str, Model]) -> Iterator[str]:
 
 
 def _warn_model(model: Model, given: _Values) -> Iterator[str]:
-    if model.backend.kind == "openai" and model.keep_alive is not None:
-        yield f"keep_alive: no effect: {model.backend.name} is of kind openai, which can't be told"
+    if model.prefer_warm and (model.strict or not model.fallback):
+        yield "prefer_warm: no effect: nobody else may answer"
     times = given.get("timeouts", {})
     for name in ("connect", "load", "first_token", "idle"):
         if name in times and "total" in times and getattr(model.timeouts, name) > model.timeouts.total:

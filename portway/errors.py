@@ -99,6 +99,10 @@ FAILURES: Mapping[str, Failure] = {
     "stream_broken": Failure("yes", "count", 502),  # after content; a stream can't fall back then
     "unsupported": Failure("yes", "no", 400, "invalid_request_error"),  # this target can't do what is asked
     "cooling": Failure("yes", "no", 503),  # skipped, not tried
+    "queue_full": Failure("yes", "no", 429, "rate_limit_error"),  # our own queue for its backend
+    "no_room": Failure("yes", "no", 503),  # the memory, or the place, that it waited for did not become free
+    "does_not_fit": Failure("yes", "no", 503),  # into this machine's memory, or the budget for it, ever
+    "cold": Failure("yes", "no", 503),  # skipped, as another member is loaded (prefer_warm)
 }
 
 

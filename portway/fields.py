@@ -46,7 +46,7 @@ Leaf = Callable[[object], Any]
 class ListOf:
     """A list, read as a tuple; `allowed` is said of what is no list."""
 
-    item: Leaf
+    item: Kind
     allowed: str
 
 
@@ -66,7 +66,23 @@ class Named:
     item: Kind
 
 
-Kind = Leaf | ListOf | Table | Named
+@dataclass(frozen=True, slots=True)
+class Either:
+    """A single value, or a table in its place that says more."""
+
+    leaf: Leaf
+    table: Table
+
+
+@dataclass(frozen=True, slots=True)
+class Tagged:
+    """A table of which one key, `tag`, says what else may stand in it; `tables[""]` is for one without that key."""
+
+    tag: str
+    tables: Mapping[str, Table]
+
+
+Kind = Leaf | ListOf | Table | Named | Either | Tagged
 
 
 # --- Reading it ------------------------------------------------------------------------------
@@ -103,6 +119,10 @@ class Reader:
                 return self.table(kind, value, key)
             case Named():
                 return self.named(kind, value, key)
+            case Tagged():
+                return self.tagged(kind, value, key)
+            case Either():
+                return self.value(kind.table if isinstance(value, dict) else kind.leaf, value, key)
         try:
             return kind(value)
         except Refused as refused:
@@ -136,6 +156,18 @@ class Reader:
         for name in given:
             self.value(kind.name, name, dotted(key, name))
         return {name: self.value(kind.item, item, dotted(key, name)) for name, item in given.items()}
+
+    def tagged(self, kind: Tagged, value: object, key: str) -> dict[str, Any]:
+        """The table at `key`, by the kind that it says it is of."""
+        if not isinstance(value, dict) or kind.tag not in value:
+            return self.table(kind.tables[""], value, key)
+        tag = value[kind.tag]
+        options = [option for option in kind.tables if option]
+        if tag in options:
+            return self.table(kind.tables[tag], value, key)
+        near = first_near(tag, options) if isinstance(tag, str) else ""
+        self.refuse(dotted(key, kind.tag), _unfit(tag, str), f"{one_of(*options)}, or none", near)
+        return {}
 
     def _given(self, value: object, key: str) -> dict[str, Any]:
         if isinstance(value, dict):
@@ -213,6 +245,13 @@ def dollars(value: object) -> float:
     raise Refused(_unfit(value, int, float), "dollars, 0 or more")
 
 
+def probability(value: object) -> float:
+    """A share between nothing and all."""
+    if isinstance(value, int | float) and not isinstance(value, bool) and 0 < value < 1:
+        return float(value)
+    raise Refused(_unfit(value, int, float), "a number between 0 and 1")
+
+
 def tier(value: object) -> str:
     """A flag of `ask`, without its hyphens."""
     if isinstance(value, str) and re.fullmatch(r"[a-z0-9][a-z0-9-]{0,30}", value) and value not in _ASK_OPTIONS:
@@ -246,6 +285,16 @@ def size(low: int, high: int) -> Leaf:
     return read
 
 
+def budget(value: object) -> int | None:
+    """Bytes, from 64 MB on, or None for "auto"."""
+    if value == "auto":
+        return None
+    try:
+        return int(size(64 * 1024**2, 1024**5)(value))
+    except Refused as refused:
+        raise Refused(refused.problem, '"auto", or how much, like "10GB"; 64 MB or more') from None
+
+
 def choice(*options: object) -> Leaf:
     """One of `options`, and of its type: 1 is not true."""
 
@@ -271,6 +320,17 @@ def text(value: object) -> str:
     if isinstance(value, str) and value.strip() and value.isprintable():
         return value
     raise Refused(_unfit(value, str), "text without control characters, not empty")
+
+
+_PROSE = 20_000  # characters; a longer prompt is some file's name mistaken
+
+
+def prose(value: object) -> str:
+    """Text of any number of lines; may be empty."""
+    if isinstance(value, str) and len(value) <= _PROSE and all(char.isprintable() or char in "\n\t" for char in value):
+        return value
+    allowed = f"text of up to {_PROSE} characters, without control characters"
+    raise Refused(_unfit(value, str), allowed)
 
 
 _NAME_LENGTH = 128

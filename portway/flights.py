@@ -19,7 +19,7 @@ import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Generic, Self, TypeVar
 
-from portway.errors import ClientGone
+from portway.errors import ClientGone, PortwayError
 
 if TYPE_CHECKING:
     from portway.call import Watch
@@ -47,6 +47,13 @@ class Crashed:
     """The flight has failed for good, with this error."""
 
     error: BaseException
+
+
+class _Apart:
+    """The flight has brought nothing that could be shared."""
+
+
+_APART = _Apart()
 
 
 class Flights(Generic[T]):
@@ -79,13 +86,15 @@ class Flights(Generic[T]):
 
 
 class Leader(Generic[T]):
-    """Runs the request. `with` it: whoever leaves it without having published has failed.
+    """Runs the request, `with` this around it.
 
-    An error that leaves it is the flight's; one of _LEFT, or nothing at all, only means that this
-    leader went: a waiter takes its place, and it does not count as a failure.
+    An error that leaves the block is the flight's; one of _LEFT only means that this leader went: a
+    waiter takes its place, and it does not count as a failure. gone: how its own client left while
+    others waited; the block goes on without that client, and raises this at its end.
     """
 
     def __init__(self, flight: _Flight[T]) -> None:
+        self.gone: Exception | None = None
         self._flight = flight
         self._ended = False
 
@@ -95,7 +104,13 @@ class Leader(Generic[T]):
 
     def watch(self, watch: Watch) -> Watch:
         """`watch`, but the client's leaving counts only once nobody else waits."""
-        return _LeaderWatch(watch, self._flight)
+        return _LeaderWatch(watch, self, self._flight)
+
+    def client_left(self, error: Exception) -> None:
+        """The leader's client has gone, as `error` says. Raises it, unless somebody else waits."""
+        if not self.has_waiters():
+            raise error
+        self.gone = error.with_traceback(None)  # else it would hold this very frame
 
     def publish(self, value: T) -> None:
         """Give all waiters their answer. What the cache should have must be there before."""
@@ -108,8 +123,13 @@ class Leader(Generic[T]):
     def __exit__(self, _kind: object, error: BaseException | None, _trace: object) -> None:
         if not self._ended:
             self._ended = True
-            counts = isinstance(error, Exception) and not isinstance(error, _LEFT)
-            self._flight.fail(error if counts else None)
+            if error is None and self.gone is None:
+                self._flight.end(_APART)
+            else:
+                counts = isinstance(error, Exception) and not isinstance(error, _LEFT)
+                self._flight.fail(error if counts else None)
+        if self.gone is not None and (error is None or isinstance(error, (PortwayError, *_LEFT))):
+            raise self.gone  # a mistake of ours goes its own way, to stderr
 
 
 class Waiter(Generic[T]):
@@ -162,7 +182,7 @@ class _Flight(Generic[T]):
         self._lock = lock
         self._table = table
         self._key = key
-        self._outcome: Landed[T] | Crashed | None = None
+        self._outcome: Landed[T] | Crashed | _Apart | None = None
         self._failures = 0
         self._line: _Line | None = None  # the present leader's
         self.has_leader = True
@@ -180,7 +200,7 @@ class _Flight(Generic[T]):
         line.waiting += 1
         return line
 
-    def end(self, outcome: Landed[T] | Crashed) -> None:
+    def end(self, outcome: Landed[T] | _Apart) -> None:
         """It has come to this, for everybody."""
         with self._lock:
             self._outcome = outcome
@@ -202,8 +222,8 @@ class _Flight(Generic[T]):
         self._hang_up(line)
 
     def look(self, line: _Line) -> Landed[T] | Crashed | Leader[T] | _Line:
-        """What a waiter finds after its leader has hung up `line`: how it ended, that it leads now,
-        or the line to the waiter that was quicker. Without a descriptor for that it leads alone."""
+        """What a waiter finds after its leader has hung up `line`: how it ended, that it leads now, or the
+        line to the waiter that was quicker. Without a descriptor for that, or apart, it leads alone."""
         with self._lock:
             line.waiting -= 1
             following = self.open_line() if self._outcome is None and self.has_leader else None
@@ -219,7 +239,8 @@ class _Flight(Generic[T]):
             return following
         if leads:
             return Leader(self)
-        return self._outcome or Leader(_Flight(self._lock, {}, self._key))
+        outcome = self._outcome
+        return Leader(_Flight(self._lock, {}, self._key)) if outcome is None or outcome is _APART else outcome
 
     def leave(self, line: _Line) -> None:
         """A waiter goes. The last one tells the leader, or takes a flight without a leader along."""
@@ -265,10 +286,10 @@ class _Flight(Generic[T]):
 class _LeaderWatch:
     """A Watch (call.py) that outlives the leader's client while others wait."""
 
-    def __init__(self, client: Watch, flight: _Flight[Any]) -> None:
+    def __init__(self, client: Watch, leader: Leader[Any], flight: _Flight[Any]) -> None:
         self._client = client
+        self._leader = leader
         self._flight = flight
-        self._alone = False  # the leader's client has left
 
     @property
     def phase(self) -> str:
@@ -276,36 +297,31 @@ class _LeaderWatch:
 
     @phase.setter
     def phase(self, phase: str) -> None:
-        self._client.phase = phase
+        if self._leader.gone is None:  # else the client's phase stays the one in which it left
+            self._client.phase = phase
 
     def readable(self, sock: socket.socket, until: float) -> bool:
-        if not self._alone:
+        if self._leader.gone is None:
             try:
                 return self._client.readable(sock, until)
-            except _LEFT:
-                self._alone = self._flight.waiters > 0
-                if not self._alone:
-                    raise
+            except _LEFT as exc:
+                self._leader.client_left(exc)
         return self._wait(sock, select.POLLIN, until)
 
     def writable(self, sock: socket.socket, until: float) -> bool:
-        if not self._alone:
+        if self._leader.gone is None:
             try:
                 return self._client.writable(sock, until)
-            except _LEFT:
-                self._alone = self._flight.waiters > 0
-                if not self._alone:
-                    raise
+            except _LEFT as exc:
+                self._leader.client_left(exc)
         return self._wait(sock, select.POLLOUT, until)
 
     def pause(self, until: float) -> None:
-        if not self._alone:
+        if self._leader.gone is None:
             try:
                 return self._client.pause(until)
-            except _LEFT:
-                self._alone = self._flight.waiters > 0
-                if not self._alone:
-                    raise
+            except _LEFT as exc:
+                self._leader.client_left(exc)
         self._wait(None, 0, until)
         return None
 

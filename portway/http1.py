@@ -26,7 +26,9 @@ _HEX = b"0123456789abcdefABCDEF"
 _FIELD = re.compile(rb"[%b]+:[^\x00-\x08\x0a-\x1f\x7f]*" % re.escape(_TOKEN))
 _STATUS_LINE = re.compile(rb"HTTP/1\.([01]) ([1-5][0-9][0-9])(?: [^\x00-\x08\x0a-\x1f\x7f]*)?")
 # fields whose repetition makes a message mean two things
-_SINGLE = frozenset(("host", "content-length", "transfer-encoding", "content-type", "authorization", "origin", "expect"))
+_SINGLE = frozenset(
+    ("host", "content-length", "transfer-encoding", "content-type", "authorization", "origin", "expect")
+)
 
 
 class BadMessage(ValueError):

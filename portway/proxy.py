@@ -123,18 +123,16 @@ class EventStream:
         """Send the whole answer. Raises BackendError if it breaks; OSError if the client does, unless
         somebody else waits for the same answer: then it is read to its end without this client."""
         headers = headers_of(found.facts)
-        gone: OSError | None = None
         for piece in found.pieces():
-            if gone is None:
-                gone = self._relayed(piece, found, headers)
-            if gone is not None and not found.is_awaited():
-                raise gone
+            if found.has_client:
+                try:
+                    self._relay(piece, found, headers)
+                except OSError as exc:
+                    found.client_left(exc)
             self._handler.watch.heard()
-        if gone is not None:
-            raise gone
 
-    def _relayed(self, piece: bytes, found: Found, headers: Mapping[str, str]) -> OSError | None:
-        """Send one piece, with the facts that no header could carry. The error if the client has gone."""
+    def _relay(self, piece: bytes, found: Found, headers: Mapping[str, str]) -> None:
+        """Send one piece, with the facts that no header could carry."""
         last = piece.endswith(DONE)
         if self.ttft is None:
             self.ttft = time.monotonic()
@@ -142,11 +140,7 @@ class EventStream:
                 piece = _with_field(piece, piece.find(b"data: {"), _as_field(found.facts))
         if last and (late := found.late_warnings()):
             piece = _with_field(piece, piece.rfind(b"data: {"), {"warnings": late})
-        try:
-            self._write(piece, headers, last=last)
-        except OSError as exc:
-            return exc
-        return None
+        self._write(piece, headers, last=last)
 
     def fail(self, error: PortwayError) -> None:
         """End with the error's envelope as the last event, without [DONE], which would say that all went well."""
@@ -186,7 +180,7 @@ def headers_of(facts: Facts) -> dict[str, str]:
         headers["X-Portway-Warning"] = "; ".join(facts.warnings)
     if facts.age is not None:
         headers["Age"] = str(facts.age)
-    return headers
+    return {**headers, **facts.headers}
 
 
 def _joined(attempts: list[Attempt]) -> str:
@@ -365,18 +359,12 @@ class Handler(BaseHTTPRequestHandler):
         with self.server.in_flight:
             try:
                 self._dispatch(incoming)
-            except ClientGone:
-                self._record.cancelled_in = self.watch.phase
-                self._record.exit_code = 130 if _is_ask(self.head) else None
-                self.keep_alive = False
             except PortwayError as exc:
                 self._fail(exc)
             except BlockingIOError:
-                self._record.cancelled_in = "stalled"  # it is there and does not read
-                self.keep_alive = False
-            except OSError:
-                self._record.cancelled_in = self.watch.phase
-                self.keep_alive = False
+                self._client_left("stalled")  # it is there and does not read
+            except (ClientGone, OSError):
+                self._client_left(self.watch.phase)
             except Exception as exc:  # noqa: BLE001 - the last resort: logged with its id, never shown
                 self._fail(self.server.daemon.unforeseen(exc))
             finally:
@@ -384,6 +372,11 @@ class Handler(BaseHTTPRequestHandler):
         self.expires = time.monotonic() + self.server.daemon.state.config.server.idle_timeout
         if incoming.poisoned:
             self._say_goodbye()
+
+    def _client_left(self, phase: str) -> None:
+        self._record.cancelled_in = phase
+        self._record.exit_code = 130 if _is_ask(self.head) else None
+        self.keep_alive = False
 
     def _write_down(self) -> None:
         """The request's line in the log. Whoever only asks how we are, again and again, is not worth one."""
@@ -430,7 +423,6 @@ class Handler(BaseHTTPRequestHandler):
         self.watch.begin(state.config.server.heartbeat, stream.beat if stream else None)
         control = parse_control(self.head.headers)
         with state.answers.find(call, control, self.watch, fallback=self._may_fall_back()) as found:
-            self.watch.phase = "answer"
             try:
                 if stream:
                     stream.relay(found)
@@ -442,12 +434,11 @@ class Handler(BaseHTTPRequestHandler):
 
     def _respond_with(self, found: Found) -> None:
         body = found.body()
-        try:
-            self.respond(200, headers_of(found.facts), body)
-        except OSError:
-            if not found.is_awaited():
-                raise
-            self.keep_alive = False  # it is whole, and somebody else waits for it
+        if found.has_client:
+            try:
+                self.respond(200, headers_of(found.facts), body)
+            except OSError as exc:
+                found.client_left(exc)
 
     def _may_fall_back(self) -> bool:
         wish = self.head.headers.get("x-portway-fallback", "on").lower()
@@ -522,8 +513,7 @@ class Handler(BaseHTTPRequestHandler):
     def _exit_code_of_ask(self, error: PortwayError) -> int:
         """What `ask` will make of this error, by the rules in its manual, for the log."""
         if isinstance(error, ChainExhausted):
-            begun = self._stream is not None and self._stream.started
-            return 1 if begun or self._may_fall_back() else 4
+            return 1 if self._may_fall_back() else 4
         return 2 if error.code == "model_not_found" else 1
 
     def _say_goodbye(self) -> None:
@@ -581,7 +571,7 @@ class Server(ThreadingHTTPServer):
         self.in_flight = InFlight()
         self.workers = Workers(config.max_requests, "worker")
         self._limit = config.max_connections
-        self._send_timeout = struct.pack("ll", int(config.write_timeout), 0)
+        self._send_timeout = struct.pack("ll", int(config.write_timeout), int(config.write_timeout % 1 * 1e6))
         self._linger = struct.pack("ll", 0, int(LINGER * 1e6))
         self._open: set[Handler] = set()
         self._parked: dict[int, Handler] = {}
@@ -788,7 +778,6 @@ class Daemon:
         server = replace(config.server, host=self.state.config.server.host, port=self.state.config.server.port)
         config = replace(config, server=server)
         old, self.state = self.state, self._build(config)
-        self._cooling.rule = config.cooldown
         if self.log:
             self.log.price = Price(config.price.input, config.price.output)
         self._problem = None

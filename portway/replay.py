@@ -197,9 +197,9 @@ def _events(body: Json, call: Call, name: str) -> bytes:
     no_usage = {"usage": None} if call.include_usage else {}
     shape = _chat_chunks if call.endpoint == "chat" else _text_chunks
     chunks = [{**base, "choices": [part], **no_usage} for choice in choices for part in shape(choice)]
-    chunks[-1] |= last
     if call.include_usage and usage is not None:
         chunks.append({**base, "choices": [], "usage": usage})
+    chunks[-1] |= last
     return b"".join([*(sse(dumps(chunk)) for chunk in chunks), DONE])
 
 

@@ -54,6 +54,7 @@ class Router:
 
         Raises ChainExhausted, ClientGone, or ClientError where the call itself is at fault.
         """
+        call.fallback = fallback
         course = _Course(call, self._chain(call, fallback))
         cooling: list[Model] = []
         for target in course.targets():

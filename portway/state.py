@@ -10,7 +10,10 @@ from typing import TYPE_CHECKING, Any, Self
 from portway.answers import Answers, Shared
 from portway.backend_ollama import OllamaBackend
 from portway.backend_openai import OpenAIBackend
+from portway.cascade import CascadeBackend
 from portway.catalogue import Catalogue
+from portway.config import PANELS
+from portway.council import CouncilBackend
 from portway.guards import Guards
 from portway.routing import Router
 
@@ -36,9 +39,14 @@ class State:
     @classmethod
     def of(cls, config: Config, cooling: Cooling, cache: Cache | None, flights: Flights[Shared]) -> Self:
         """What follows from `config`; the rest outlives it."""
-        backends = {name: _KINDS[backend.kind](backend) for name, backend in config.backends.items()}
+        backends: dict[str, Backend] = {
+            name: _KINDS[backend.kind](backend) for name, backend in config.backends.items()
+        }
         catalogue = Catalogue(config)
         router = Router(config, backends, cooling, catalogue.completed)
+        # pseudo-models ask others through the same router
+        backends[PANELS["council"].name] = CouncilBackend(config, router, catalogue.completed)
+        backends[PANELS["cascade"].name] = CascadeBackend(config, router)
         return cls(config, Guards(config), backends, catalogue, Answers(router, cache, flights), time.time())
 
     def card(self, model: Model) -> dict[str, Any]:

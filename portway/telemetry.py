@@ -14,6 +14,7 @@ from __future__ import annotations
 import errno
 import fcntl
 import hashlib
+import json
 import math
 import os
 import re
@@ -81,7 +82,8 @@ class Record:
     content was sent, when it was over. waited: seconds spent waiting for others, None = not measured.
     cache_hit: None = the cache was not asked. error: a code, never a message. cancelled_in: the phase
     (call.PHASES) in which the client left. host: the backend's. exit_code: None = made from the status.
-    body: the request as parsed, for its prompt's hash and size; size: its bytes.
+    body: the request as parsed, for its prompt's hash and size. document: an answer out of the cache, whose
+    sizes the writer takes from it. size: bytes of both.
     """
 
     ts: float
@@ -111,7 +113,7 @@ class Record:
     truncated: bool = False
     cancelled_in: str | None = None
     exit_code: int | None = None
-    document: bytes = b""  # an answer out of the cache; the writer takes its sizes from it
+    document: bytes = b""
 
     def begin(self, call: Call) -> None:
         """It is a request to a model."""
@@ -143,8 +145,10 @@ class Record:
             self.served(found.served, first)
             return
         self.served_by = found.facts.served_by
+        self.attempts = found.attempts
         self.first = first
         self.document = found.document
+        self.size += len(found.document)
 
     def failed(self, error: PortwayError) -> None:
         """It ends with an error, which knows of the attempts if there were any."""
@@ -208,6 +212,8 @@ def line(record: Record, price: Price) -> bytes:
     """A record's line in the log, with its line end: JSON in ASCII, each key always there. `ts` leads, so
     that lines sort by time as text. Built by hand: a dict and json.dumps() take twice as long."""
     prompt_hash, prompt_chars = _digest(record.body)
+    if record.document:
+        _measure(record)
     text = (
         f'{{"ts":"{iso_time(record.ts)}","id":{_text(record.id)},"client":{_text(record.client)}'
         f',"endpoint":{_text(record.endpoint)},"model":{_text(record.model)},"served_by":{_text(record.served_by)}'
@@ -224,6 +230,15 @@ def line(record: Record, price: Price) -> bytes:
         f',"saved_usd":{_number(_saved(record, price))}}}\n'
     )
     return text.encode("ascii")
+
+
+def _measure(record: Record) -> None:
+    """Take the sizes of a stored answer, as its first asker's line had them."""
+    document = json.loads(record.document)
+    usage = document.get("usage") or {}
+    record.prompt_tokens, record.completion_tokens = usage.get("prompt_tokens"), usage.get("completion_tokens")
+    for choice in document.get("choices") or ():
+        record.response_chars += len(choice.get("message", {}).get("content") or choice.get("text") or "")
 
 
 def iso_time(ts: float) -> str:
@@ -382,7 +397,7 @@ class Log:
                 self._dropped += 1
                 return
             if self._bytes + record.size > MAX_WAITING_BYTES:
-                record.body, record.size = None, 0
+                record.body, record.document, record.size = None, b"", 0
             self._bytes += record.size
             self._waiting.append(record)
             if len(self._waiting) == 1:
@@ -431,7 +446,7 @@ class Log:
         lines = []
         for count, record in enumerate(records, 1):
             lines.append(line(record, self.price))
-            record.body = None  # the daemon may still hold the record; the prompt is not kept
+            record.body, record.document = None, b""  # the daemon may still hold the record; no text is kept
             if not count % BREATHE:
                 time.sleep(BREATH if len(self._waiting) < MAX_WAITING // 4 else 0)
         return lines

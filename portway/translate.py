@@ -621,14 +621,14 @@ class ChatStream:
     def _was_truncated(self) -> bool:
         """Whether the server chopped the prompt in spite of truncate: false, as some runners do.
 
-        A token of real text is about 4 characters and hardly ever 8 on average, so a prompt of more
-        than 8 * num_ctx characters can't have fitted; if no more than num_ctx tokens were counted
-        for it, some of it was not read. It finds only the clear cases and, of ordinary text, no false ones.
+        A token of real text is about 4 characters and hardly ever more than 8 on average: counted fewer
+        tokens than that means that some of the prompt was not read. Only a prompt that may have been
+        longer than the window, at 2 characters a token, can have been chopped at all.
         """
         window, counted = self._target.num_ctx, self.tally.prompt_tokens
         if window is None or counted is None:
             return False
-        return self._prompt_chars / 8 > window >= counted
+        return self._prompt_chars > 2 * window and self._prompt_chars > 8 * counted
 
     def _usage(self) -> dict[str, int] | None:
         """OpenAI's usage, or None where a count is not known: a zero there would be believed."""

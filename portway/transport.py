@@ -35,6 +35,7 @@ MAX_IDLE_AGE = 60.0  # seconds a pooled connection may lie unused
 REST = 0.05  # seconds after a stream within which a server that closes the connection has done so
 RESET_MS = 20  # how long a reset may lag behind the end of a connection
 SETTLE = 0.05  # seconds given to the closing bytes behind a whole answer
+GLANCE = 0.1  # seconds between two looks for an early answer, while a server does not take the rest of a request
 KEEP_ALIVE_MARGIN = 1.0  # seconds before the end of `Keep-Alive: timeout=5` at which we stop trusting it
 
 
@@ -265,16 +266,29 @@ class _Reset(BackendError):
 class _Connection:
     """A connected socket that carries one exchange at a time."""
 
-    __slots__ = ("_pending", "_poller", "_pool", "_rests_until", "_reused", "_sock", "_usable_until", "streamed")
+    __slots__ = (
+        "_is_tls",
+        "_pending",
+        "_poller",
+        "_pool",
+        "_rests_until",
+        "_reused",
+        "_sent_all",
+        "_sock",
+        "_usable_until",
+        "streamed",
+    )
 
     def __init__(self, pool: Pool, sock: socket.socket) -> None:
         self._pool = pool
         self._sock = sock
-        # bytes that the TLS layer holds decrypted: poll() does not know of them
+        self._is_tls = hasattr(sock, "pending")
+        # how many bytes the TLS layer holds decrypted: poll() does not know of them
         self._pending: Callable[[], int] = getattr(sock, "pending", int)
         self._poller = select.poll()
         self._poller.register(sock, select.POLLIN)
         self._reused = False
+        self._sent_all = False  # else the server takes what it reads next for the rest of the last request
         self._usable_until = 0.0
         self._rests_until = 0.0
         self.streamed = False  # its last answer was a stream
@@ -309,6 +323,9 @@ class _Connection:
 
     def release(self, head: ResponseHead) -> None:
         """Lay it in the pool, for as long as the server says that it keeps it."""
+        if not self._sent_all:
+            self.close()
+            return
         seconds = MAX_IDLE_AGE
         keep_alive = head.headers.get("keep-alive")
         if keep_alive is not None:
@@ -350,8 +367,11 @@ class _Connection:
         return data
 
     def _send(self, request: bytes, watch: Watch, patience: Patience) -> None:
+        """All of it, or as much as the server wants: one that refuses a large request (400, 401, 413)
+        answers before it has read it, and then closes or just reads no more."""
+        self._sent_all = False
         view = memoryview(request)
-        _in_time(patience)
+        until = _in_time(patience)
         while True:
             wanted = select.POLLOUT
             try:
@@ -361,12 +381,20 @@ class _Connection:
                 if not wanted:
                     raise _Reset(exc) from exc
             if not view:
+                self._sent_all = True
                 return
-            self._wait(wanted, watch, patience)
+            if self._is_answered():
+                return
+            wait = watch.writable if wanted == select.POLLOUT else watch.readable
+            wait(self._sock, min(until, time.monotonic() + GLANCE))
+            until = _in_time(patience)
+
+    def _is_answered(self) -> bool:
+        """Whether something has come in. Under TLS that may be a session ticket, which is no answer."""
+        return not self._is_tls and bool(self._poller.poll(0))
 
     def _last_words(self) -> bytes:
-        """What came before the connection broke. A server that refuses a large request (400, 401, 413)
-        answers before it has read all of it, and closes: then our sending fails."""
+        """What came before the connection broke under our sending: it may be a refusal."""
         try:
             return self._sock.recv(RECEIVE)
         except OSError:

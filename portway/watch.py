@@ -12,7 +12,7 @@ from portway.errors import ClientGone
 if TYPE_CHECKING:
     import socket
 
-_HANGUP = getattr(select, "POLLRDHUP", 0)  # Linux; elsewhere the end shows as readable
+_HANGUP = getattr(select, "POLLRDHUP", 0)  # an end that is seen without reading; Linux alone has it
 _LONGEST = 2**31 - 1  # milliseconds that poll() takes at most: 24 days
 
 
@@ -31,7 +31,7 @@ class ClientWatch:
         self._fd = -1
         self._events = 0
         self._poll = select.poll()
-        self._poll.register(self._client_fd, select.POLLIN | _HANGUP)
+        self._poll.register(self._client_fd, select.POLLIN)
         self._beat: Callable[[], None] | None = None
         self._every = 0.0
         self._beat_at = 0.0
@@ -59,13 +59,13 @@ class ClientWatch:
         self._wait(-1, 0, until)
 
     def look_only_for_the_end(self) -> None:
-        """Enough was read ahead: from now on only a hang-up is looked for. (Where there is no POLLRDHUP
-        it is not seen before something is written: the end stands behind the bytes that are left unread.)"""
+        """Enough was read ahead: from now on only a hang-up is looked for. Where there is no POLLRDHUP it
+        is not seen before something is written: it stands behind the bytes that are left unread."""
         self._poll.modify(self._client_fd, _HANGUP)
 
     def look_for_all(self) -> None:
         """Bytes are welcome again."""
-        self._poll.modify(self._client_fd, select.POLLIN | _HANGUP)
+        self._poll.modify(self._client_fd, select.POLLIN)
 
     def _wait(self, fd: int, events: int, until: float) -> bool:
         if fd != self._fd or events != self._events:

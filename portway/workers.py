@@ -32,6 +32,11 @@ class Workers:
         return self._spare < 0
 
     @property
+    def waiting(self) -> int:
+        """Jobs that no thread has taken yet."""
+        return max(0, -self._spare)
+
+    @property
     def count(self) -> int:
         """Threads alive."""
         return self._count
@@ -81,10 +86,8 @@ class Workers:
             return self._jobs.get(timeout=self._idle)
         except Empty:
             with self._lock:
-                if self._spare > 0:
-                    self._spare -= 1
-                    return None
-        return self._jobs.get()  # it came at the last moment
+                self._spare -= 1
+            return None  # a job that came at this very moment gets another thread
 
 
 class InFlight:

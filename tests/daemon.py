@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Self
 
 from portway import config, proxy
+from portway.cache import Cache
 from portway.telemetry import Log
 from tests.doubles import RawClient
 from tests.llama_server import wait_for
@@ -45,11 +46,17 @@ class _Running:
 class Daemon(_Running):
     """The daemon in threads of this process. Its log's lines are in `log`."""
 
-    def __init__(self, toml: str, environ: Mapping[str, str] | None = None, log: Log | None = None) -> None:
+    def __init__(
+        self,
+        toml: str,
+        environ: Mapping[str, str] | None = None,
+        log: Log | None = None,
+        cache: Cache | None = None,
+    ) -> None:
         parsed = config.parse(toml, "models.toml", environ or {})
         self.config = replace(parsed, server=replace(parsed.server, port=0))
         self.log: list[str] = []
-        self._daemon = proxy.Daemon(self.config, say=self.log.append, log=log)
+        self._daemon = proxy.Daemon(self.config, say=self.log.append, log=log, cache=cache)
 
     def __enter__(self) -> Self:
         self._daemon.start()
@@ -67,6 +74,16 @@ class Daemon(_Running):
     def workers(self) -> int:
         """How many worker threads it has."""
         return self._daemon._server.workers.count
+
+    @property
+    def sharing(self) -> int:
+        """How many requests wait for the answer to an identical one."""
+        return sum(flight.waiters for flight in list(self._daemon._flights._table.values()))
+
+    @property
+    def flights(self) -> int:
+        """How many requests others may wait for."""
+        return len(self._daemon._flights)
 
     @property
     def parked(self) -> dict[int, proxy.Handler]:

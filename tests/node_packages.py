@@ -1,7 +1,8 @@
 """The packages of tests/node, installed once from its lock file and kept outside the checkout.
 
     with Workshop() as workshop:
-        workshop.run("hello.mjs", "console.log('hi')")
+        workshop.write("hello.mjs", "console.log('hi')")
+        workshop.run("hello.mjs")
 
 A test that needs them is skipped where they are not installed, and fails in CI.
 """
@@ -14,10 +15,11 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import threading
 import unittest
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Self
+from typing import NoReturn, Self
 
 from tests.build_llama_server import cache
 
@@ -94,23 +96,65 @@ class Workshop:
         """Put a file there."""
         (self.path / name).write_text(text, encoding="utf-8")
 
-    def node(self, *args: str, environ: Mapping[str, str] | None = None) -> subprocess.CompletedProcess[str]:
-        """Run node in the folder and wait for its end, however it ends."""
-        return subprocess.run(
-            ["node", *args],
-            cwd=self.path,
-            env={**os.environ, **(environ or {})},
-            stdin=subprocess.DEVNULL,
-            capture_output=True,
-            text=True,
-            timeout=PATIENCE,
-            check=False,
-        )
+    def start(self, *args: str, environ: Mapping[str, str] | None = None) -> Program:
+        """Start node in the folder with these arguments."""
+        return Program(("node", *args), self.path, {**os.environ, **(environ or {})})
 
-    def run(self, name: str, text: str, *args: str) -> str:
-        """What the script `text` prints, which must end well."""
-        self.write(name, text)
-        done = self.node(name, *args)
-        if done.returncode != 0:
-            raise AssertionError(f"{name} ended with {done.returncode}:\n{done.stdout}{done.stderr}")
-        return done.stdout
+    def run(self, *args: str, environ: Mapping[str, str] | None = None) -> str:
+        """What node prints with these arguments; it must end well."""
+        with self.start(*args, environ=environ) as program:
+            return program.rest()
+
+
+class Program:
+    """A running program whose words can be waited for. It ends with the `with` block, at the latest after PATIENCE.
+
+    `environ` is all of its environment.
+    """
+
+    def __init__(self, command: Sequence[str], folder: Path, environ: Mapping[str, str]) -> None:
+        self._command = " ".join(command)
+        self._errors = tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace")  # noqa: SIM115 - see __exit__
+        self._process = subprocess.Popen(
+            command,
+            cwd=folder,
+            env=environ,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self._errors,
+            encoding="utf-8",
+        )
+        self._limit = threading.Timer(PATIENCE, self._process.kill)
+        self._limit.start()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._process.kill()
+        self._process.communicate()
+        self._limit.cancel()
+        self._errors.close()
+
+    def await_line(self, word: str) -> None:
+        """Wait until it has written this line. Lines before it are passed over."""
+        assert self._process.stdout is not None
+        for line in self._process.stdout:
+            if line.rstrip("\n") == word:
+                return
+        self._fail(f"it ended without having said {word!r}")
+
+    def rest(self) -> str:
+        """End its input and wait for its end, which must be a good one. Returns what it writes until then."""
+        output, _ = self._process.communicate()
+        if self._process.returncode != 0:
+            self._fail(f"it ended with {self._process.returncode}:\n{output}")
+        return output
+
+    def errors(self) -> str:
+        """What it has written to stderr so far."""
+        self._errors.seek(0)
+        return self._errors.read()
+
+    def _fail(self, what: str) -> NoReturn:
+        raise AssertionError(f"`{self._command}`: {what}\n{self.errors()}")

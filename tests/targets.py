@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import json
+import socket
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
+from portway.call import Limits
+from portway.http1 import ResponseHead
 from tests.daemon import Daemon
 from tests.doubles import (
     LAST_CHUNK,
@@ -175,6 +178,39 @@ def client_of(toml: str) -> Iterator[RawClient]:
     """A client of a daemon that serves by this configuration."""
     with Daemon(toml) as daemon, daemon.client() as client:
         yield client
+
+
+@contextmanager
+def full_listener() -> Iterator[int]:
+    """A port on which somebody listens but takes no more connections: they stay under way."""
+    with socket.create_server(("127.0.0.1", 0), backlog=0) as server, ExitStack() as waiting:
+        port = int(server.getsockname()[1])
+        for _ in range(8):  # more than any system's least backlog
+            sock = waiting.enter_context(socket.socket())
+            sock.setblocking(False)
+            sock.connect_ex(("127.0.0.1", port))
+        yield port
+
+
+FOREVER = Limits(1e6, 1e6, 1e6, 1e6, 1e12, 1e12)
+
+
+class MadeUpReply:
+    """A transport.Reply without a connection: its reads are given, and what becomes of it is in `done`."""
+
+    def __init__(self, content_type: str, reads: Sequence[bytes]) -> None:
+        self.head = ResponseHead(200, {"content-type": content_type}, None, chunked=True, keep_alive=True)
+        self.done: list[str] = []
+        self._reads = [data for data in reads if data]
+
+    def read(self) -> bytes:
+        return self._reads.pop(0) if self._reads else b""
+
+    def settle(self) -> None:
+        self.done.append("settle")
+
+    def close(self) -> None:
+        self.done.append("close")
 
 
 # --- what a client sees ---------------------------------------------------------------------------

@@ -15,7 +15,7 @@ import zipfile
 from pathlib import Path
 from typing import Any
 
-from portway import config, fields
+from portway import config, fields, panels
 from portway.config import Config, ConfigError, ConfigWatcher
 from portway.fields import Mistake
 
@@ -114,6 +114,27 @@ class Values(unittest.TestCase):
         self.assertEqual(config.Log(False, os.path.expanduser("~/x.jsonl"), 1024**2, 0), got.log)
         self.assertEqual(config.Cache(False, "", 2 * 1024**2), got.cache)
         self.assertEqual(config.Price(1.0, 2.5), got.price)
+
+    def test_memory(self) -> None:
+        """What models may take, and how backends share it, arrives in its final types."""
+        got = parsed(A + """size = "6600MB"
+        preload = true
+        prefer_warm = true
+        [memory]
+        enabled = false
+        budget = "10GB"
+        reserve = 0
+        min_stay = "1m"
+        patience = 2
+        check = 0.5
+        """)
+        self.assertEqual(config.Memory(False, 10 * 1024**3, 0, 60.0, 2.0, 0.5), got.memory)
+        model = got.models["a"]
+        self.assertEqual((6600 * 1024**2, True, True), (model.size, model.preload, model.prefer_warm))
+        self.assertIsNone(parsed(A + '[memory]\nbudget = "auto"').memory.budget)
+        more = "\nlocal = false\nmax_parallel = 2\nmax_queue = 0\n"
+        backend = parsed(A.replace('11434"\n', f'11434"{more}', 1)).backends["ollama"]
+        self.assertEqual((False, 2, 0), (backend.local, backend.max_parallel, backend.max_queue))
 
     def test_cache_lifetimes(self) -> None:
         """`cache` is a time, days included, or "off"; nothing in between."""
@@ -271,6 +292,12 @@ class Refusals(unittest.TestCase):
 
     # what is added to [section] of a valid file -> the keys that are refused
     SINGLE = (
+        ("memory", "budget = true", "memory.budget"),
+        ("memory", 'budget = "off"', "memory.budget"),
+        ("memory", 'budget = "63MB"', "memory.budget"),
+        ("memory", 'reserve = "much"', "memory.reserve"),
+        ("memory", "min_stay = -1", "memory.min_stay"),
+        ("memory", "check = 0", "memory.check"),
         ("server", 'colour = "red"', "server.colour"),
         ("server", "host = 1", "server.host"),
         ("server", 'host = ""', "server.host"),
@@ -383,6 +410,9 @@ class Refusals(unittest.TestCase):
             'capabilities = ["tool"]': "capabilities[0]",
             "max_tokens = 0": "max_tokens",
             "merge_system = 1": "merge_system",
+            'size = "big"': "size",
+            "preload = 1": "preload",
+            'prefer_warm = "yes"': "prefer_warm",
         }
         owned = ("model", "messages", "prompt", "input", "stream", "stream_options")
         table |= {f"params = {{ {name} = 1 }}": f"params.{name}" for name in owned}
@@ -697,7 +727,7 @@ class Warnings(unittest.TestCase):
         """What can have no effect is warned of."""
         openai = BACKENDS + '[models.a]\nbackend = "llamacpp"\nmodel = "x"\nnum_ctx = 5\n'
         self.assertEqual([], self.keys(openai))
-        self.assertEqual(["models.a.keep_alive"], self.keys(openai + "keep_alive = 0"))
+        self.assertEqual(["models.a.prefer_warm"], self.keys(openai + "prefer_warm = true"))
         chain = with_fallbacks(b=[], a=["b"])
         self.assertEqual(["models.a.fallback"], self.keys(chain + "strict = true"))
         self.assertEqual(["models.a.fallback"], self.keys(chain + 'capabilities = ["embedding"]'))
@@ -784,14 +814,14 @@ class Finding(Folder):
         """The shipped file is found and read where Portway is a zip archive, and a user's file still is."""
         archive = self.folder / "portway.pyz"
         with zipfile.ZipFile(archive, "w") as out:
-            for name in ("__init__.py", "config.py", "fields.py"):
+            for name in ("__init__.py", "config.py", "fields.py", "panels.py"):
                 out.write(ROOT / "portway" / name, f"portway/{name}")
             out.write(SHIPPED, "portway/models.toml")
         self.check_installed(str(archive), str(archive / "portway" / "models.toml"))
 
     def test_from_a_wheel(self) -> None:
         """The shipped file is found beside the package where it was installed."""
-        for name in ("__init__.py", "config.py", "fields.py"):
+        for name in ("__init__.py", "config.py", "fields.py", "panels.py"):
             self.write(f"site/portway/{name}", (ROOT / "portway" / name).read_text("utf-8"))
         shipped = self.write("site/portway/models.toml", SHIPPED.read_text("utf-8"))
         self.write("site/config/models.toml", A)  # somebody else's
@@ -806,7 +836,7 @@ class Finding(Folder):
         )
         command = [sys.executable, "-I", "-S", "-c", program, place, own]
         done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
-        self.assertEqual((f"{shipped}\n7 1\n", ""), (done.stdout, done.stderr))
+        self.assertEqual((f"{shipped}\n9 1\n", ""), (done.stdout, done.stderr))
 
 
 class Watching(Folder):
@@ -923,11 +953,12 @@ class Shipped(unittest.TestCase):
         (config.Server, "server", set()),
         (config.Cooldown, "cooldown", set()),
         (config.Backend, "backends.ollama", {"name", "scheme", "host", "port", "base"}),
-        (config.Model, "models.fast-9b", {"name", "timeouts"}),
+        (config.Model, "models.fast-9b", {"name", "timeouts", "panel"}),
         (config.Timeouts, "models.fast-9b.timeouts", set()),
         (config.Log, "log", set()),
         (config.Cache, "cache", set()),
         (config.Price, "price", set()),
+        (config.Memory, "memory", set()),
     )
 
     def options(self) -> dict[str, dict[str, str]]:
@@ -946,7 +977,10 @@ class Shipped(unittest.TestCase):
         """It is valid, without a warning, and has the models it promises."""
         got = config.load(str(SHIPPED), {})
         self.assertEqual((), got.warnings)
-        self.assertEqual(["fast-9b", "fast-3b", "fast-1b", "think-9b", "coder-30b", "heavy", "embed"], list(got.models))
+        self.assertEqual(
+            ["fast-9b", "fast-3b", "fast-1b", "think-9b", "coder-30b", "heavy", "embed", "council", "cascade"],
+            list(got.models),
+        )
         self.assertEqual(3, len({model.family for model in got.chain(got.models["fast-9b"])}))
         self.assertEqual((900.0, 30.0), (got.models["fast-9b"].keep_alive, got.models["coder-30b"].keep_alive))
         self.assertEqual("openai", got.models["heavy"].backend.kind)
@@ -974,19 +1008,36 @@ class Shipped(unittest.TestCase):
         """The default that a comment states, read as the option itself would be."""
         if text in ("none", "required"):
             return {"none": "" if option in ("family", "flag") else None}.get(text, text)
-        kind: Any = config.schema({})
+        return fields.Reader().value(self.table(section).fields[option], tomllib.loads(f"x = {text}")["x"], option)
+
+    def table(self, section: str, kind: str = "") -> fields.Table:
+        """What may stand in a section; in one of models, in that of a kind."""
+        found: Any = config.schema({})
         for part in section.split("."):
-            kind = kind.item if isinstance(kind, fields.Named) else kind.fields[part]
-        return fields.Reader().value(kind.fields[option], tomllib.loads(f"x = {text}")["x"], option)
+            found = found.item if isinstance(found, fields.Named) else found.fields[part]
+            found = found.tables[kind] if isinstance(found, fields.Tagged) else found
+        assert isinstance(found, fields.Table)
+        return found
 
     def test_every_option_can_be_set(self) -> None:
         """What the dataclasses hold and what the file may hold are the same."""
         for owner, section, derived in self.SECTIONS:
-            kind: Any = config.schema({})
-            for part in section.split("."):
-                kind = kind.item if isinstance(kind, fields.Named) else kind.fields[part]
             names = {item.name for item in dataclasses.fields(owner)} - (derived - {"timeouts"})
-            self.assertEqual(names, set(kind.fields), section)
+            self.assertEqual(names, set(self.table(section).fields), section)
+
+    def test_options_of_pseudo_models(self) -> None:
+        """A council's and a cascade's options can all be set, stand in it, and have the defaults it states."""
+        aside = {"kind", "timeouts", "aliases", "flag", "default"}
+        options = self.options()
+        options["models.cascade"] = {**options["models.council"], **options["models.cascade"]}
+        for owner, kind in ((panels.Council, "council"), (panels.Cascade, "cascade")):
+            table = self.table(f"models.{kind}", kind)
+            self.assertEqual({item.name for item in dataclasses.fields(owner)} | aside, set(table.fields))
+            for item in dataclasses.fields(owner):
+                with self.subTest(kind=kind, option=item.name):
+                    text = options[f"models.{kind}"][item.name]
+                    stated: object = {"none": None, "required": "required"}.get(text, text.strip('"'))
+                    self.assertEqual(self.default(item), stated)
 
     def test_commented_options_are_valid(self) -> None:
         """What is commented out is right as it stands, once the # is taken away."""

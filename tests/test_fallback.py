@@ -7,8 +7,7 @@ import json
 import select
 import socket
 import unittest
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -43,11 +42,14 @@ from tests.targets import (
     chain,
     client_of,
     delta,
+    ended,
     error_body,
     finish,
     frames,
+    full_listener,
     last_line,
     line,
+    part,
     raw_part,
     text_of,
 )
@@ -83,7 +85,7 @@ class Row:
     cools: bool
     falls: bool = True
     type: str = "api_error"
-    way_out: str = ""
+    way_out: str = ""  # stands in the message
     retry_after: str | None = None
     timeouts: str = ""
     verbatim: bool = False
@@ -133,7 +135,14 @@ ROWS = (
     Row("nothing", same(http_reply(b"")), "empty_answer", 502, True),
     Row("garbage", same(b"\x16\x03\x01 no HTTP\r\n\r\n", CLOSE), "bad_answer", 502, True, way_out="backends.first.url"),
     Row("HTML", same(http_reply(b"<!doctype html><p>Sign in", content_type="text/html")), "bad_answer", 502, True),
-    Row("redirect", same(http_reply(b"", status=307, headers={"Location": "/"})), "bad_answer", 502, True),
+    Row(
+        "redirect",
+        same(http_reply(b"", status=307, headers={"Location": "/"})),
+        "bad_answer",
+        502,
+        True,
+        way_out="redirects are not followed",
+    ),
 )
 
 
@@ -341,7 +350,10 @@ class CommitTest(unittest.TestCase):
         }
         for (what, content), kind in itertools.product(first_content.items(), KINDS):
             broken = raw_part(kind, error_body(kind, "it broke"))
-            ends: dict[str, list[Action]] = {"connection_lost": [CLOSE], "server_error": [broken, LAST_CHUNK]}
+            ends: dict[str, list[Action]] = {
+                "connection_lost": [CLOSE],
+                "server_error": [broken, part(kind, "more"), ended(kind)],
+            }
             for reason, end in ends.items():
                 bad: list[Action] = [begun(kind) + raw_part(kind, content[kind]), *end]
                 with self.subTest(what, kind=kind, reason=reason), Target(bad) as first, Target() as second:
@@ -355,8 +367,21 @@ class CommitTest(unittest.TestCase):
                     self.assertTrue(all("choices" in each for each in chunks))
                     self.assertEqual({"error"}, set(error))
                     self.assertEqual("stream_broken", error["error"]["code"])
-                    self.assertTrue(error["error"]["message"].startswith("first broke off its answer: "))
+                    self.assertRegex(error["error"]["message"], r"^first broke off its answer: .*(closed|it broke)")
+                    self.assertNotIn("more", text_of(chunks))
                     self.assertEqual([], second.asked)
+
+    def test_what_is_no_first_token(self):
+        """A server that sends its head, its role and comments, and then nothing, has still not begun to answer."""
+        before = {"openai": begun("openai", "") + chunk(b":\n\n"), "ollama": begun("ollama", "", "")}
+        for kind in KINDS:
+            bad: list[Action] = [before[kind], HANG]
+            good = answer(kind, "Hello", stream=True)
+            with self.subTest(kind=kind), Target(bad) as first, Target(good) as second:
+                toml = chain(first.url, second.url, kinds=[kind], timeouts="first_token = 0.1, idle = 60")
+                with client_of(toml) as client:
+                    attempts = ask(client, stream=True).header("x-portway-attempts") or ""
+                self.assertRegex(attempts, r"^first=first_token_timeout\(0\.\ds\); second=ok$")
 
     def test_content_and_error_in_one_read(self):
         """How the bytes are cut does not decide: content that came together with an error has come."""
@@ -681,18 +706,6 @@ def unused_port() -> int:
     """A port on which nobody listens."""
     with socket.create_server(("127.0.0.1", 0)) as server:
         return int(server.getsockname()[1])
-
-
-@contextmanager
-def full_listener() -> Iterator[int]:
-    """A port on which somebody listens but takes no more connections: they stay under way."""
-    with socket.create_server(("127.0.0.1", 0), backlog=0) as server, ExitStack() as waiting:
-        port = int(server.getsockname()[1])
-        for _ in range(8):  # more than any system's least backlog
-            sock = waiting.enter_context(socket.socket())
-            sock.setblocking(False)
-            sock.connect_ex(("127.0.0.1", port))
-        yield port
 
 
 def readable(client: RawClient) -> bool:

@@ -68,6 +68,10 @@ class FlightsCase(unittest.TestCase):
         assert isinstance(place, Leader)
         return place
 
+    def fail_with(self, leader: Leader[str], error: BaseException) -> None:
+        with self.assertRaises(type(error)), leader:
+            raise error
+
     def follow(self, count: int, watch: Any = None) -> list[Waiting]:
         return [Waiting(self.flights.join(KEY), watch) for _ in range(count)]
 
@@ -154,10 +158,6 @@ class Sharing(FlightsCase):
                     self.assertIsNotNone(one.result())
                 self.assertEqual(self.descriptors, len(os.listdir("/dev/fd")))
 
-    def fail_with(self, leader: Leader[str], error: BaseException) -> None:
-        with self.assertRaises(type(error)), leader:
-            raise error
-
     def test_too_many_run_alone(self):
         """The bound on waiters sends the next one off by itself; its flight is nobody's."""
         self.flights = Flights(max_waiters=2)
@@ -230,16 +230,15 @@ class Failing(FlightsCase):
             place.publish("x")
 
     def test_a_leader_that_only_leaves_is_no_failure(self):
-        """Its client went, was not to be written to, or it published nothing: the next ones may still try."""
-        for reason in (ClientGone(), BrokenPipeError(), None):
+        """Its client went or could not be written to: the next ones may still try, one after the other."""
+        for reason in (ClientGone(), BrokenPipeError()):
             with self.subTest(reason=reason):
                 place: Any = self.lead()
                 waiting = self.follow(3)
                 for left in (2, 1, 0):
                     try:
                         with place:
-                            if reason:
-                                raise reason
+                            raise reason
                     except (ClientGone, BrokenPipeError):
                         pass
                     leading = place
@@ -250,6 +249,15 @@ class Failing(FlightsCase):
                     self.assertEqual(left, len(waiting))
                 with place:
                     place.publish("x")
+
+    def test_what_can_not_be_shared_each_runs_alone(self):
+        """A leader that ends well without having published sends everybody off at once, not one after the other."""
+        with self.lead():
+            waiting = self.follow(3)
+        places = [one.result() for one in waiting]
+        self.assertEqual([Leader] * 3, [type(place) for place in places])
+        self.assertEqual([False] * 3, [place.has_waiters() for place in places])
+        self.assertEqual(0, len(self.flights))
 
     def test_a_flight_without_anybody_is_gone(self):
         """If the last waiter leaves before it has taken over, nothing stays; a newcomer takes over at once."""
@@ -296,17 +304,33 @@ class Leaving(FlightsCase):
     def test_the_leaders_client_leaves_and_somebody_waits(self):
         """The generation goes on: the leader goes on waiting for the backend, for every kind of wait."""
         client = Client(self)
-        with self.lead() as leader:
+        with self.assertRaises(ClientGone), self.lead() as leader:
             (waiting,) = self.follow(1)
             watch = leader.watch(client.watch)
+            watch.phase = "prompt"
             client.leave()
             self.assertFalse(watch.readable(self.backend, time.monotonic() + 0.01))
             self.far.send(b"token")
             self.assertTrue(watch.readable(self.backend, self.soon()))
             self.assertTrue(watch.writable(self.backend, self.soon()))
             watch.pause(time.monotonic() + 0.01)
+            watch.phase = "answer"
             leader.publish("x")
         self.assertEqual(Landed("x"), waiting.result())
+        self.assertEqual("prompt", client.watch.phase)  # in which it left, for the log
+
+    def test_a_backends_failure_after_that_is_the_others(self):
+        """For a leader without a client only its leaving counts; a mistake of ours is not lost in it."""
+        for error, seen in ((BackendError("busy", "no"), ClientGone), (ZeroDivisionError(), ZeroDivisionError)):
+            client = Client(self)
+            client.leave()
+            with self.assertRaises(seen), self.lead() as leader:
+                (waiting,) = self.follow(1)
+                self.assertFalse(leader.watch(client.watch).readable(self.backend, time.monotonic()))
+                raise error
+            successor = waiting.result()
+            self.assertIsInstance(successor, Leader)
+            self.fail_with(successor, error)
 
     def test_each_kind_of_wait_notices_the_client(self):
         """Without waiters each raises ClientGone, with one each goes on."""
@@ -318,7 +342,7 @@ class Leaving(FlightsCase):
         for wait in waits:
             client = Client(self)
             client.leave()
-            with self.lead() as leader:
+            with self.assertRaises(ClientGone), self.lead() as leader:
                 with self.assertRaises(ClientGone):
                     wait(leader.watch(client.watch))
                 (waiting,) = self.follow(1)
@@ -329,7 +353,7 @@ class Leaving(FlightsCase):
     def test_a_heartbeat_that_can_not_be_sent_is_a_client_that_left(self):
         """The watch raises OSError then; the generation goes on for who waits."""
         gone = mock.Mock(readable=mock.Mock(side_effect=BrokenPipeError), phase="prompt")
-        with self.lead() as leader:
+        with self.assertRaises(BrokenPipeError), self.lead() as leader:
             (waiting,) = self.follow(1)
             watch = leader.watch(gone)
             self.assertFalse(watch.readable(self.backend, time.monotonic()))
@@ -355,7 +379,7 @@ class Leaving(FlightsCase):
         """The last one left and another came before the leader looked: it goes on, and does not spin."""
         client = Client(self)
         client.leave()
-        with self.lead() as leader:
+        with self.assertRaises(ClientGone), self.lead() as leader:
             first = self.flights.join(KEY)
             assert isinstance(first, Waiter)
             watch = leader.watch(client.watch)

@@ -30,6 +30,11 @@ def toml(url, server="", models=""):
     """
 
 
+def hangs(standin):
+    """Whether a request is where release() lets it go on."""
+    return any(request.phase == "hang" for request in standin.requests)
+
+
 class ProxyTestCase(unittest.TestCase):
     server = ""
     models = ""
@@ -254,6 +259,7 @@ class RequestTest(ProxyTestCase):
         self.client.request("POST", "/v1/chat/completions", ASK)
         self.assertFalse(self.standin.wait_for(lambda _: False, timeout=0.3))  # longer than body_timeout
         self.client.send(b"GET /v1/models/fast HT")
+        self.assertTrue(self.standin.wait_for(hangs))
         self.standin.release()
         self.assertEqual(200, self.client.response().status)
         self.client.send(b"TP/1.1\r\nHost: localhost\r\n\r\n")
@@ -391,6 +397,7 @@ class ReloadTest(unittest.TestCase):
             events = client.events(client.head())
             next(events)
             daemon.use(toml(standin.url).replace("models.fast]", "models.new]"))
+            self.assertTrue(standin.wait_for(hangs))
             standin.release()
             said = [event.data for event in events]
             self.assertEqual("[DONE]", said[-1])
@@ -411,6 +418,7 @@ class StopTest(unittest.TestCase):
             daemon.send(signal.SIGTERM)
             with daemon.client() as late:
                 wait_for(lambda: late.call("GET", "/v1/models").status == 503, "the refusal of new requests", lambda: daemon.log)
+            self.assertTrue(standin.wait_for(hangs))
             standin.release()
             self.assertEqual("[DONE]", [event.data for event in events][-1])
             self.assertEqual(0, daemon.wait())

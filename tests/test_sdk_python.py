@@ -13,7 +13,7 @@ import subprocess
 import sys
 import threading
 import unittest
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any, ClassVar, NamedTuple
 
 from portway.standin import Fault, StandIn
@@ -25,7 +25,7 @@ from tests.tiny_gguf import TinyModel
 
 try:
     import openai
-    from openai.types.chat import ChatCompletionChunk, ChatCompletionMessageParam, ChatCompletionToolParam
+    from openai.types.chat import ChatCompletionChunk, ChatCompletionMessageParam, ChatCompletionToolParam  # noqa: TC002
 except ImportError:
     if os.environ.get("CI") == "true":
         raise
@@ -50,6 +50,7 @@ CALL_TWICE: list[ChatCompletionMessageParam] = [{"role": "user", "content": "Ask
 SCHEMA = {"type": "object", "properties": {"kind": {"enum": ["question", "other"]}}, "required": ["kind"]}
 SLOTS = ("-np", "2", "-t", "1")
 HEARTBEAT = 0.02  # seconds
+ASKED = "/api/chat"  # what the stand-in is told to fail; not what it is asked about its models
 
 OLLAMA_MODELS = """
     [models.chat]
@@ -144,16 +145,17 @@ class Both:
 
     def test_stream_with_usage(self: Any) -> None:
         """include_usage adds one last chunk without choices, with the numbers of the plain answer."""
-        fields = {"model": "chat", "messages": HELLO, "temperature": 0, "max_tokens": 8}
+        fields: dict[str, Any] = {"model": "chat", "messages": HELLO, "temperature": 0, "max_tokens": 8}
         plain = self.client.chat.completions.create(**fields).usage
         options = {"include_usage": True}
         streamed = join(self.client.chat.completions.create(**fields, stream=True, stream_options=options))
         *others, last = streamed.chunks
         self.assertEqual([], last.choices)
-        self.assertEqual(
-            (plain.prompt_tokens, plain.completion_tokens), (last.usage.prompt_tokens, last.usage.completion_tokens)
-        )
         self.assertTrue(all(each.usage is None for each in others))
+        usage: Any = last.usage
+        self.assertEqual(
+            (plain.prompt_tokens, plain.completion_tokens), (usage.prompt_tokens, usage.completion_tokens)
+        )
 
     def test_max_tokens_under_both_names(self: Any) -> None:
         """max_tokens and max_completion_tokens both cut the answer, and finish_reason says so."""
@@ -205,7 +207,8 @@ class Both:
         self.assertEqual(("function", "weather"), (call.type, call.function.name))
         self.assertIn(json.loads(call.function.arguments)["city"], ("Lima", "Oslo"))
         result = {"role": "tool", "tool_call_id": call.id, "content": "It rains."}
-        said = create(**fields, messages=[*one, choice.message, result], tool_choice="none")
+        words = {"max_tokens": 20, "extra_body": {"ignore_eos": True}}
+        said = create(model="chat", tools=TOOLS[:1], messages=[*one, choice.message, result], **words)
         self.assertTrue(said.choices[0].message.content)
 
     def test_several_streamed_calls(self: Any) -> None:
@@ -392,7 +395,7 @@ class StandInCase(unittest.TestCase):
 
     def asked(self) -> int:
         """How often the backend was asked for an answer."""
-        return sum(request.path == "/api/chat" for request in self.standin.requests)
+        return sum(request.path == ASKED for request in self.standin.requests)
 
 
 class StandInTest(Both, unittest.TestCase):
@@ -456,7 +459,7 @@ class ErrorTest(StandInCase):
         for fault, kind, status in self.FAILURES:
             for stream in (False, True):
                 with self.subTest(fault=fault, stream=stream), self.fresh() as client:
-                    self.standin.fail("*", fault, None)
+                    self.standin.fail(ASKED, fault, None)
                     before = self.asked()
                     with self.assertRaises(openai.APIStatusError) as caught:
                         client.chat.completions.create(model="chat", messages=HELLO, stream=stream)
@@ -482,7 +485,7 @@ class ErrorTest(StandInCase):
         """A stream that breaks after its first words raises APIError; what came before it stays readable."""
         for fault in ("cut", "error_line", "reset_mid_stream", "eof"):
             with self.subTest(fault=fault), self.fresh() as client:
-                self.standin.fail("*", Fault(fault, after=2))
+                self.standin.fail(ASKED, Fault(fault, after=2))
                 before = self.asked()
                 said = []
                 with self.assertRaises(openai.APIError) as caught:
@@ -503,7 +506,7 @@ class ErrorTest(StandInCase):
 
     def test_client_that_gives_up(self) -> None:
         """The SDK's own timeout is APITimeoutError, and the backend is let go at once."""
-        self.standin.fail("*", "hang_before_content")
+        self.standin.fail(ASKED, "hang_before_content")
         with self.assertRaises(openai.APITimeoutError):
             self.client.with_options(timeout=0.2, max_retries=0).chat.completions.create(model="chat", messages=HELLO)
         self.assertTrue(self.standin.wait_for(lambda standin: any(request.left for request in standin.requests)))
@@ -519,7 +522,7 @@ class KeyTest(StandInCase):
         self.assertEqual("invalid_api_key", caught.exception.code)
         with sdk(self.url, api_key="sk-right") as client:
             client.chat.completions.create(model="chat", messages=HELLO)
-        (request,) = [request for request in self.standin.requests if request.path == "/api/chat"]
+        (request,) = [request for request in self.standin.requests if request.path == ASKED]
         self.assertIsNone(request.header("authorization"))
 
 
@@ -561,63 +564,52 @@ class HeartbeatTest(unittest.TestCase):
         self.standin = self.enterContext(StandIn())
         self.daemon = self.enterContext(Daemon(ollama(self.standin.url, f"heartbeat = {HEARTBEAT}")))
         self.client = self.enterContext(sdk(self.daemon.url))
+        self.received = b""  # by the SDK
 
-    def stream(self, client: openai.OpenAI) -> tuple[openai.Stream[ChatCompletionChunk], threading.Event]:
-        """A stream, and an event that is set when a heartbeat has come through the SDK's own connection."""
+    def stream(self, client: openai.OpenAI, on_beat: Callable[[], None]) -> openai.Stream[ChatCompletionChunk]:
+        """A stream that calls `on_beat` when a heartbeat has come through the SDK's own connection."""
         stream = client.chat.completions.create(model="chat", messages=HELLO, stream=True)
-        beaten = threading.Event()
         read = stream.response.iter_bytes
 
         def watched(*args: Any) -> Iterable[bytes]:
             for data in read(*args):
+                self.received += data
                 if b": portway\n" in data:
-                    beaten.set()
+                    on_beat()
                 yield data
 
         stream.response.iter_bytes = watched  # type: ignore[method-assign,assignment]
-        return stream, beaten
+        return stream
 
     def test_before_the_first_chunk(self) -> None:
         """Heartbeats while a model loads disturb nothing; who answered stands in the first chunk."""
-        self.standin.fail("*", "hang_before_content")
-        stream, beaten = self.stream(self.client)
-        releaser = threading.Thread(target=lambda: beaten.wait(10) and self.standin.release())
-        releaser.start()
-        streamed = join(stream)
-        releaser.join()
+        self.standin.fail(ASKED, "hang_before_content")
+        streamed = join(self.stream(self.client, self.standin.release))
         self.assertIn("stand-in", streamed.text)
         self.assertEqual(["stop"], streamed.finish_reasons)
         self.assertEqual("chat", (streamed.chunks[0].model_extra or {})["portway"]["served_by"])
 
     def test_between_chunks(self) -> None:
         """Nor do they in the middle of an answer."""
-        self.standin.fail("*", Fault("hang_mid_stream", after=3))
-        stream, beaten = self.stream(self.client)
-        releaser = threading.Thread(target=lambda: beaten.wait(10) and self.standin.release())
-        releaser.start()
-        streamed = join(stream)
-        releaser.join()
-        self.assertTrue(beaten.is_set())
+        self.standin.fail(ASKED, Fault("hang_mid_stream", after=3))
+        streamed = join(self.stream(self.client, self.standin.release))
         self.assertIn("I keep nothing between requests", streamed.text)
         self.assertEqual(["stop"], streamed.finish_reasons)
 
     def test_after_events_with_an_id(self) -> None:
-        """Nor where the backend's events carry `id:`, which makes the SDK take an empty event for data."""
+        """Nor where a backend's events have ids, after which the SDK takes any blank line for an event: none goes on."""
         beaten = threading.Event()
         frames = [b"id: %d\ndata: %s\n\n" % (i, json.dumps(piece).encode()) for i, piece in enumerate(self.pieces())]
         script: list[Action] = [stream_head(), chunk(frames[0]), beaten, *map(chunk, frames[1:])]
         script += [chunk(sse_body([])[-1]), LAST_CHUNK]
         with ScriptedServer(then=script) as server:
-            models = '[models.chat]\nbackend = "other"\nmodel = "m"\n'
-            toml = f'[server]\nheartbeat = {HEARTBEAT}\n[backends.other]\nkind = "openai"\nurl = "{server.url}"\n{models}'
+            toml = f'[server]\nheartbeat = {HEARTBEAT}\n[backends.other]\nkind = "openai"\nurl = "{server.url}"\n'
+            toml += '[models.chat]\nbackend = "other"\nmodel = "m"\n'
             with Daemon(toml) as daemon, sdk(daemon.url) as client:
-                stream, heard = self.stream(client)
-                releaser = threading.Thread(target=lambda: heard.wait(10) and beaten.set())
-                releaser.start()
-                streamed = join(stream)
-                releaser.join()
-        self.assertTrue(heard.is_set())
+                streamed = join(self.stream(client, beaten.set))
+        self.assertTrue(beaten.is_set())
         self.assertEqual("one two three", streamed.text)
+        self.assertNotIn(b"id:", self.received)
 
     def pieces(self) -> list[dict[str, Any]]:
         """Three words as a server streams them, and the end."""
@@ -636,7 +628,7 @@ class HeartbeatTest(unittest.TestCase):
 
     def test_failure_after_a_heartbeat(self) -> None:
         """When the headers have gone out with a heartbeat, a failure is APIError with its own words."""
-        self.standin.fail("*", "hang_before_content")
+        self.standin.fail(ASKED, "hang_before_content")
         models = """
             [models.chat]
             backend = "ollama"
@@ -644,7 +636,8 @@ class HeartbeatTest(unittest.TestCase):
             timeouts = { first_token = 0.3 }
         """
         daemon = self.enterContext(Daemon(ollama(self.standin.url, f"heartbeat = {HEARTBEAT}", models)))
-        stream, beaten = self.stream(self.enterContext(sdk(daemon.url)))
+        beaten = threading.Event()
+        stream = self.stream(self.enterContext(sdk(daemon.url)), beaten.set)
         with self.assertRaises(openai.APIError) as caught:
             join(stream)
         self.assertTrue(beaten.is_set())
@@ -659,7 +652,7 @@ class LeavingTest(StandInCase):
 
     def test_breaking_out_of_a_stream(self) -> None:
         """Leaving the loop and the stream's `with` ends the generation."""
-        self.standin.fail("*", "hang_mid_stream")
+        self.standin.fail(ASKED, "hang_mid_stream")
         with self.client.chat.completions.create(model="chat", messages=HELLO, stream=True) as stream:
             for each in stream:
                 if each.choices[0].delta.content:
@@ -678,7 +671,7 @@ class LeavingTest(StandInCase):
                 with self.assertRaises(asyncio.CancelledError):
                     await task
 
-        self.standin.fail("*", "hang")
+        self.standin.fail(ASKED, "hang")
         asyncio.run(ask_and_cancel())
         self.assertTrue(self.left())
 
@@ -703,9 +696,10 @@ class DocumentTest(unittest.TestCase):
     def test_snippet(self) -> None:
         """The lines for Python in docs/clients.md run, and print what they say they do."""
         printed = self.run_python("-c", clients_doc.block("OpenAI SDK for Python", "python", self.daemon.port))
-        self.assertIn("fast-9b:", printed)
-        self.assertIn("stand-in", printed)
-        self.assertIn("context_length_exceeded" if "context_length" in printed else "NotFoundError", printed)
+        plain, streamed, error = printed.splitlines()
+        self.assertEqual(f"fast-9b: {streamed}", plain)
+        self.assertIn("I am the Portway stand-in", streamed)
+        self.assertEqual("404 model_not_found", error)
 
     def test_example(self) -> None:
         """examples/demo.py makes its round trip."""

@@ -902,12 +902,14 @@ class Stream(Answers):
         self.assertEqual(choice["logprobs"], {"content": [shaped] * 3, "refusal": None})
 
     def test_truncation_that_can_not_be_honest(self):
-        """More characters than could fit the window, and yet no more tokens than it holds."""
+        """Fewer tokens than the prompt must have, where it may have been too long for the window."""
         for chars, window, counted, truncated in (
             (8001, 1000, 1000, True),
-            (8001, 1000, 500, True),
-            (8000, 1000, 500, False),
-            (8001, 1000, 1001, False),
+            (8000, 1000, 1000, False),
+            (4001, 1000, 500, True),
+            (4000, 1000, 500, False),
+            (2001, 1000, 10, True),
+            (2000, 1000, 10, False),
             (99999, None, 500, False),
             (99999, 1000, None, False),
             (0, 1000, 500, False),

@@ -1,0 +1,140 @@
+"""What came of a run: a table for people, a document for programs, docs/performance.md."""
+
+from __future__ import annotations
+
+import os
+import platform
+import subprocess
+import time
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from scripts.benchmark.measure import Measurement
+from scripts.benchmark.native import Tools
+from scripts.benchmark.world import ROOT
+
+HEADINGS = ("measurement", "who", "p50 us", "p99 us", "per s", "CPU us", "added p50", "added p99", "x direct")
+
+INTRODUCTION = """\
+# Performance
+
+Made by `python3 scripts/bench.py {words}`; do not edit. To repeat it on your machine: the same command, with
+nothing else running, a C compiler and Linux. `--quick` takes a minute, `--only NAME` one scenario, `--peers` adds
+what is installed of nginx, haproxy, LiteLLM and Portkey, `--write FILE` writes this page.
+
+Load generator and upstream are C programs of one thread each on the same machine, so that all three share its
+processors; `direct` is the upstream asked without anything between. Everybody is asked the same, in turn, in short
+rounds; a figure is the median of its rounds. "added" is a figure less that of `direct`; "x direct" the ratio of the
+rates. Times are microseconds. What each measurement does stands in `scripts/benchmark/scenarios.py`.
+"""
+
+
+def rows(measurement: Measurement) -> Iterable[Sequence[str]]:
+    """A line for each target, as HEADINGS has them."""
+    document = measurement.document()
+    for name, figures in measurement.figures.items():
+        added = document["added"].get(name, {})
+        yield (
+            measurement.name,
+            name,
+            *(_number(figures.get(key)) for key in ("p50_us", "p99_us", "rate", "cpu_us")),
+            *(_number(added.get(key)) for key in ("p50_us", "p99_us", "rate_ratio")),
+        )
+
+
+def lines(measurement: Measurement) -> Iterable[str]:
+    """For the terminal, as soon as it is known."""
+    for row in rows(measurement):
+        yield "{:<44} {:>9} {:>10} {:>10} {:>10} {:>8} {:>10} {:>10} {:>8}".format(*row)
+    for text in remarks(measurement):
+        yield f"    {text}"
+
+
+def remarks(measurement: Measurement) -> Iterable[str]:
+    """Goals, notes and problems."""
+    for goal in measurement.goals:
+        verdict = {True: "met", False: "MISSED", None: "not known"}[measurement.meets(goal)]
+        sign = ">=" if goal.at_least else "<="
+        yield f"goal {goal.key} {sign} {goal.limit:g}: {verdict} ({_number(measurement.value(goal.key))})"
+    if measurement.notes:
+        yield ", ".join(f"{name} {_number(value)}" for name, value in measurement.notes.items())
+    yield from (f"PROBLEM {text}" for text in dict.fromkeys(measurement.problems))
+
+
+def document(measurements: Sequence[Measurement], about: dict[str, Any]) -> dict[str, Any]:
+    """The whole run."""
+    return {"about": about, "measurements": [measurement.document() for measurement in measurements]}
+
+
+def markdown(measurements: Sequence[Measurement], about: dict[str, Any], words: Sequence[str]) -> str:
+    """docs/performance.md."""
+    parts = [INTRODUCTION.format(words=" ".join(words)), "| | |\n|---|---|"]
+    parts[-1] += "".join(f"\n| {name} | {value} |" for name, value in about.items())
+    parts.append("\n## Goals\n\n| measurement | figure | goal | is | |\n|---|---|---|---|---|")
+    parts[-1] += "".join(f"\n| {' | '.join(row)} |" for each in measurements for row in _goal_rows(each))
+    parts.append("\n## Figures\n\n| " + " | ".join(HEADINGS) + " |\n|" + "---|" * len(HEADINGS))
+    parts[-1] += "".join(f"\n| {' | '.join(row)} |" for each in measurements for row in rows(each))
+    noted = [each for each in measurements if each.notes or each.problems]
+    parts.append("\n## Notes\n")
+    for each in noted:
+        said = [text for text in remarks(each) if not text.startswith("goal ")]
+        parts.append(f"- {each.name}: {'; '.join(said)}")
+    return "\n".join(parts) + "\n"
+
+
+def _goal_rows(measurement: Measurement) -> Iterable[Sequence[str]]:
+    for goal in measurement.goals:
+        verdict = {True: "met", False: "**missed**", None: "not known"}[measurement.meets(goal)]
+        limit = f"{'at least' if goal.at_least else 'at most'} {goal.limit:g}"
+        yield measurement.name, goal.key, limit, _number(measurement.value(goal.key)), verdict
+
+
+def _number(value: Any) -> str:
+    if value is None:
+        return "-"
+    if isinstance(value, int) or abs(value) >= 1000:
+        return f"{value:,.0f}"
+    return f"{value:.2f}" if abs(value) < 10 else f"{value:.1f}"
+
+
+def about(tools: Tools) -> dict[str, Any]:
+    """The machine, the programs and what else went on, at the start."""
+    return {
+        "date": time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime()),
+        "commit": _commit(),
+        "python": f"{platform.python_implementation()} {platform.python_version()}",
+        "system": f"{platform.system()} {platform.release()}",
+        "processor": _processor(),
+        "processors": os.cpu_count(),
+        "load average at the start": _load_average(),
+        "load generator and upstream": tools.made_by,
+    }
+
+
+def finish(about: dict[str, Any], seconds: float) -> None:
+    """What is only known at the end."""
+    about["load average at the end"] = f"{_load_average()} (the benchmark's own load included)"
+    about["seconds"] = round(seconds)
+
+
+def _load_average() -> str:
+    return " ".join(f"{value:.2f}" for value in os.getloadavg())
+
+
+def _commit() -> str:
+    command = ["git", "-C", str(ROOT), "describe", "--always", "--dirty"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=10, check=False)
+    except OSError:
+        return "unknown"
+    return done.stdout.strip() or "unknown"
+
+
+def _processor() -> str:
+    try:
+        text = Path("/proc/cpuinfo").read_text(encoding="utf-8")
+    except OSError:
+        return platform.processor()
+    names = [line.partition(":")[2].strip() for line in text.splitlines() if line.startswith("model name")]
+    return names[0] if names else platform.machine()

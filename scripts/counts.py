@@ -1,0 +1,197 @@
+#!/usr/bin/env python3
+"""What a request costs in counts, which are stable where clocks are not: counts.py [--update] [--where CASE].
+
+For each case, per request: system calls (strace), instructions of Python's interpreter, blocks of memory that stay,
+and the most memory that is in use beside what was before. They are compared with counts.json, by Python version;
+what has grown by more than 10% fails the build. --update writes the file anew, --where shows the functions in
+which a case's instructions are.
+
+The daemon runs in a process of its own with next to nothing around it, on one connection, so that each request
+takes the same way. Its log and its cache are on, and what their threads do counts.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+import socket
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+BASELINE = Path(__file__).with_name("counts.json")
+CHILD = Path(__file__).with_name("counts_child.py")
+TOLERANCE = 0.10
+SLACK = {"syscalls": 1.0, "instructions": 50.0, "kept_blocks": 1.0, "peak_bytes": 4096.0}  # where 10% is next to nothing
+WARM_UP = 30  # requests before the count begins
+REQUESTS = 200
+VERSION = f"{sys.version_info.major}.{sys.version_info.minor}"
+
+# case -> (model, streamed, whether each prompt is another one)
+CASES = {
+    "plain": ("openai", False, False),
+    "translated": ("ollama", False, False),
+    "stream": ("openai", True, False),
+    "translated stream": ("ollama", True, False),
+    "hit": ("cached", False, False),
+    "stored": ("cached", False, True),
+}
+
+
+def main(argv: Sequence[str]) -> int:
+    """Count, compare, say so. Returns the exit code: 1 if something has grown."""
+    asked = _read(argv)
+    if asked.where:
+        for place, count in counted("instructions", asked.where)["where"]:
+            print(f"{count:10.1f}  {place}")
+        return 0
+    found = {case: _all_counts(case) for case in CASES}
+    print(json.dumps(found, indent=1))
+    baseline: dict[str, Any] = json.loads(BASELINE.read_text(encoding="utf-8")) if BASELINE.exists() else {}
+    if asked.update:
+        text = json.dumps({**baseline, VERSION: found}, indent=1, sort_keys=True)
+        BASELINE.write_text(text + "\n", encoding="utf-8")
+        return 0
+    if VERSION not in baseline:
+        print(f"there is no baseline for Python {VERSION}; --update makes one", file=sys.stderr)
+        return 0
+    problems = grown(found, baseline[VERSION])
+    for problem in problems:
+        print(problem, file=sys.stderr)
+    return 1 if problems else 0
+
+
+def grown(found: dict[str, dict[str, float]], before: dict[str, dict[str, float]]) -> list[str]:
+    """A line for each count that is more than 10% above what it was."""
+    lines = []
+    for case, counts in found.items():
+        for name, count in counts.items():
+            was = before.get(case, {}).get(name)
+            if was is not None and count > was * (1 + TOLERANCE) and count > was + SLACK[name]:
+                lines.append(f"{case}: {name} {count:.1f}, {count / was - 1:+.0%} of {was:.1f}" if was else f"{case}: {name} {count:.1f}")
+    return lines
+
+
+def _all_counts(case: str) -> dict[str, float]:
+    counts = {
+        "instructions": counted("instructions", case)["instructions"],
+        **counted("memory", case),
+    }
+    if shutil.which("strace"):
+        counts |= counted("syscalls", case)
+    return counts
+
+
+def counted(what: str, case: str) -> dict[str, Any]:
+    """The counts of `what` (instructions, memory, syscalls) per request of `case`."""
+    with tempfile.TemporaryDirectory(prefix="portway-counts-") as folder:
+        command = [sys.executable, str(CHILD)]
+        with _Child([*command, "upstream", folder, "0"]) as upstream:
+            port = json.loads(_line(upstream))
+            with _Child([*command, what, folder, str(port)]) as daemon:
+                return _count(what, case, daemon, Path(folder))
+
+
+def _count(what: str, case: str, daemon: subprocess.Popen[str], folder: Path) -> dict[str, Any]:
+    with socket.create_connection(("127.0.0.1", json.loads(_line(daemon))), 10) as client:
+        _ask(client, case, range(WARM_UP))
+        _tell(daemon, "begin")
+        if what == "syscalls":
+            return {"syscalls": _traced(client, case, daemon.pid, folder / "strace")}
+        _ask(client, case, range(WARM_UP, WARM_UP + REQUESTS))
+        result: dict[str, Any] = json.loads(_tell(daemon, f"end {REQUESTS}"))
+        return result
+
+
+def _traced(client: socket.socket, case: str, pid: int, out: Path) -> float:
+    """System calls per request, but for those by which threads wait and wake each other: these vary with the
+    machine, and a wait of ours shows in the others."""
+    command = ["strace", "-f", "-c", "-o", str(out), "-p", str(pid)]
+    tracer = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    assert tracer.stderr is not None
+    tracer.stderr.readline()  # "Process N attached with M threads"
+    _ask(client, case, range(WARM_UP, WARM_UP + REQUESTS))
+    tracer.terminate()
+    tracer.wait(30)
+    tracer.stderr.close()
+    rows = [line.split() for line in out.read_text().splitlines()]
+    calls = {row[-1]: int(row[3]) for row in rows if len(row) >= 5 and row[3].isdigit()}
+    waits = ("total", "futex", "clock_nanosleep", "restart_syscall")
+    return round(sum(count for name, count in calls.items() if name not in waits) / REQUESTS, 2)
+
+
+def _ask(client: socket.socket, case: str, numbers: range) -> None:
+    model, stream, unique = CASES[case]
+    for number in numbers:
+        content = f"question {number if unique else 0:06d} " + "x" * 1800
+        asked = {"model": model, "stream": stream, "messages": [{"role": "user", "content": content}]}
+        body = json.dumps(asked).encode()
+        head = f"POST /v1/chat/completions HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Length: {len(body)}\r\n\r\n"
+        client.sendall(head.encode() + body)
+        _read_answer(client)
+
+
+def _read_answer(client: socket.socket) -> None:
+    data = b""
+    while True:
+        part = client.recv(65_536)
+        if not part:
+            raise ConnectionError("the daemon closed the connection")
+        data += part
+        head, end, body = data.partition(b"\r\n\r\n")
+        if not end:
+            continue
+        if not head.startswith(b"HTTP/1.1 200"):
+            raise RuntimeError(f"the daemon answered {data[:300]!r}")
+        length = head.lower().partition(b"content-length: ")[2].partition(b"\r\n")[0]
+        if len(body) == int(length) if length else body.endswith(b"0\r\n\r\n"):
+            return
+
+
+
+class _Child:
+    """A process that ends with its stdin."""
+
+    def __init__(self, command: list[str]) -> None:
+        self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=ROOT)
+
+    def __enter__(self) -> subprocess.Popen[str]:
+        return self._process
+
+    def __exit__(self, *_: object) -> None:
+        try:
+            self._process.communicate(timeout=10)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            self._process.communicate()
+
+
+def _line(process: subprocess.Popen[str]) -> str:
+    assert process.stdout is not None
+    line = process.stdout.readline()
+    if not line:
+        raise RuntimeError(f"a process ended: {process.args!r}")
+    return line
+
+
+def _tell(process: subprocess.Popen[str], words: str) -> str:
+    assert process.stdin is not None
+    process.stdin.write(words + "\n")
+    process.stdin.flush()
+    return _line(process)
+
+
+def _read(argv: Sequence[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="counts.py", description="Counts per request, against counts.json.")
+    parser.add_argument("--update", action="store_true", help="write counts.json for this version of Python")
+    parser.add_argument("--where", choices=CASES, metavar="CASE", help=f"the functions of one of: {', '.join(CASES)}")
+    return parser.parse_args(argv)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
