@@ -161,7 +161,7 @@ class Answers:
 class _Search:
     """One call's way to an answer that may be kept."""
 
-    def __init__(self, router: Router, cache: Cache, call: Call, control: Control, fallback: bool) -> None:  # noqa: FBT001
+    def __init__(self, router: Router, cache: Cache, call: Call, control: Control, fallback: bool) -> None:
         self._router = router
         self._cache = cache
         self._call = call

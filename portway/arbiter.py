@@ -393,7 +393,7 @@ class Ledger:
         if (why := self._why_not_anew(wish, now, ahead)) is not None:
             return why
         over = sum(r.size for r in others) + ahead.reserved + need.size - limit
-        loading = ahead.clearing or any(r.status == LOADING for r in others)
+        loading = ahead.clearing or any(r.status == LOADING and r.size >= BIG for r in others)
         if over <= 0:
             return Wait("another load's end", for_memory=True) if loading and need.size >= BIG else Go(load=True)
         if loading or ahead.reserved:

@@ -93,11 +93,8 @@ def request_key(call: Call, target: Model) -> bytes:
     injected = (target.num_ctx, target.think, target.params, target.max_tokens, target.merge_system)
     asked = {key: value for key, value in call.body.items() if key not in SHAPELESS}
     whole = (KEY_VERSION, call.endpoint, target.name, serving, injected, asked)
-    return hashlib.sha256(_canonical(whole).encode()).digest()
-
-
-# one text for equal values; made once, as that costs as much as using it. default=dict: params may be a read-only mapping
-_canonical = json.JSONEncoder(sort_keys=True, separators=(",", ":"), default=dict).encode
+    # default=dict: params may be a read-only mapping
+    return hashlib.sha256(json.dumps(whole, sort_keys=True, separators=(",", ":"), default=dict).encode()).digest()
 
 
 # --- whether to keep ------------------------------------------------------------------------------

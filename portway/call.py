@@ -123,6 +123,7 @@ class Usage:
     completion_tokens: int
 
     def to_json(self) -> dict[str, int]:
+        """As it stands in an answer."""
         return {
             "prompt_tokens": self.prompt_tokens,
             "completion_tokens": self.completion_tokens,

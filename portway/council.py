@@ -18,7 +18,7 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from hashlib import sha256
 from itertools import chain
 from typing import TYPE_CHECKING, Any
@@ -91,6 +91,7 @@ class CouncilBackend:
         self, config: Config, router: Router, complete: Callable[[Model], Model], fits_together: Fits = unknown
     ) -> None:
         self._models = config.models
+        self._chain = config.chain
         self._router = router
         self._complete = complete
         self._fits_together = fits_together
@@ -110,7 +111,8 @@ class CouncilBackend:
         now = time.monotonic()
         until = now + (limits.deadline - now) * MEMBERS_SHARE
         seats = _seats(call, council, members)
-        meeting = Meeting(self._router, call, seats, until, _lanes(seats, chairman, together=together))
+        lanes = _lanes(seats, chairman, together=together)
+        meeting = Meeting(self._router, self._chain, call, seats, lanes, until)
         charter = Charter(target.name, council, chairman, self._router, self._scrubber)
         return CouncilAnswer(call, charter, meeting, limits.deadline, watch)
 
@@ -228,10 +230,19 @@ class Meeting:
     one thread, and its `over` is the last thing that is written.
     """
 
-    def __init__(self, router: Router, call: Call, seats: list[Seat], until: float, lanes: list[list[Seat]]) -> None:
+    def __init__(
+        self,
+        router: Router,
+        chain_of: Callable[[Model], list[Model]],
+        call: Call,
+        seats: list[Seat],
+        lanes: list[list[Seat]],
+        until: float,
+    ) -> None:
         self.seats = seats
         self.parallel = len(lanes) > 1
         self._router = router
+        self._chain_of = chain_of
         self._call = call
         self._until = until
         self._lanes = lanes
@@ -277,7 +288,7 @@ class Meeting:
             started = time.monotonic()
             share = (self._until - started) / (len(lane) - position)
             try:
-                self._speak(seat, share)
+                self._speak(seat, started + share)
             except ClientGone:
                 seat.status = "dismissed"
             except PortwayError as error:
@@ -288,8 +299,23 @@ class Meeting:
                 seat.over = True
                 self._striker.send(b".")
 
-    def _speak(self, seat: Seat, seconds: float) -> None:
-        call = within(self._call, seat.model, seat.body, seconds, stream=True)
+    def _speak(self, seat: Seat, until: float) -> None:
+        """Let it answer. Nobody has read its words yet: where they break off, the rest of its chain still may."""
+        targets = self._chain_of(seat.model) if self._call.fallback else [seat.model]
+        while True:
+            model = replace(targets[0], fallback=tuple(other.name for other in targets[1:]))
+            try:
+                self._ask(seat, model, until - time.monotonic())
+            except BackendError as error:
+                tried = [target.name for target in targets].index(seat.served_by)
+                targets = targets[tried + 1 :]
+                if not targets or error.reason == "total_timeout":
+                    raise
+            else:
+                return
+
+    def _ask(self, seat: Seat, model: Model, seconds: float) -> None:
+        call = within(self._call, model, seat.body, seconds, stream=True)
         served = self._router.serve(call, LeashWatch(self._leash), fallback=call.fallback)
         seat.served_by, seat.tally = served.model.name, served.answer.tally
         words: list[str] = []

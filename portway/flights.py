@@ -53,9 +53,6 @@ class _Apart:
     """The flight has brought nothing that could be shared."""
 
 
-_APART = _Apart()
-
-
 class Flights(Generic[T]):
     """The flights under way. One lock guards the table and each flight; nothing is waited for under it."""
 
@@ -124,7 +121,7 @@ class Leader(Generic[T]):
         if not self._ended:
             self._ended = True
             if error is None and self.gone is None:
-                self._flight.end(_APART)
+                self._flight.end(_Apart())
             else:
                 counts = isinstance(error, Exception) and not isinstance(error, _LEFT)
                 self._flight.fail(error if counts else None)
@@ -239,8 +236,9 @@ class _Flight(Generic[T]):
             return following
         if leads:
             return Leader(self)
-        outcome = self._outcome
-        return Leader(_Flight(self._lock, {}, self._key)) if outcome is None or outcome is _APART else outcome
+        if isinstance(self._outcome, Landed | Crashed):
+            return self._outcome
+        return Leader(_Flight(self._lock, {}, self._key))
 
     def leave(self, line: _Line) -> None:
         """A waiter goes. The last one tells the leader, or takes a flight without a leader along."""

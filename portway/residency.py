@@ -103,8 +103,10 @@ class Place:
             self._residency.release(self.wish, load_s)
 
 
-class _Free:
+class Free:
     """The place of a request about which there is nothing to arrange."""
+
+    __slots__ = ()
 
     def __enter__(self) -> Self:
         return self
@@ -113,13 +115,19 @@ class _Free:
         pass
 
     def hold(self, answer: Answer) -> Answer:
+        """The same answer, as it is."""
         return answer
 
     def began(self) -> None:
-        pass
+        """Nobody wants to know."""
 
 
-_FREE = _Free()
+_FREE = Free()
+
+
+def anywhere(_target: Model, _watch: Watch, _until: float, _others: Iterable[Model] = ()) -> Free:
+    """Residency.place where there is no arbiter."""
+    return _FREE
 
 
 class _Held:
@@ -323,7 +331,7 @@ class Residency:
 
     # --- for the router
 
-    def place(self, target: Model, watch: Watch, until: float, others: Iterable[Model] = ()) -> Place | _Free:
+    def place(self, target: Model, watch: Watch, until: float, others: Iterable[Model] = ()) -> Place | Free:
         """A place for one attempt at `target`; waits for it until then at most. others: the members of the
         chain that come after it. Raises BackendError `queue_full`, `does_not_fit`, `no_room` or `cold`, and
         ClientGone."""

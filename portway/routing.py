@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -17,6 +17,7 @@ from portway.call import Attempt, Limits, Served
 from portway.errors import BackendError, PortwayError
 from portway.fields import dotted
 from portway.request import has_images, prompt_chars
+from portway.residency import Free, Place, anywhere
 from portway.wire import DONE
 
 if TYPE_CHECKING:
@@ -33,7 +34,8 @@ SHORT = 5.0  # seconds an unreachable server is skipped: it is often just being 
 class Router:
     """Serves calls by one configuration. `cooling` outlives it, so that a reload forgets no failure.
 
-    complete: gives a model back with what is known of it beyond the configuration (catalogue.py).
+    complete: gives a model back with what is known of it beyond the configuration (catalogue.py). place:
+    a place in memory for each attempt (residency.py).
     """
 
     def __init__(
@@ -42,12 +44,14 @@ class Router:
         backends: Mapping[str, Backend],
         cooling: Cooling,
         complete: Callable[[Model], Model] = lambda model: model,
+        place: Callable[[Model, Watch, float, Iterable[Model]], Place | Free] = anywhere,
     ) -> None:
         cooling.adopt(config)
         self._config = config
         self._backends = backends
         self._cooling = cooling
         self._complete = complete
+        self._place = place
 
     def serve(self, call: Call, watch: Watch, *, fallback: bool = True) -> Served:
         """The first target of the chain that begins to answer (a stream) or answers (else).
@@ -94,7 +98,10 @@ class Router:
 
     def _begin(self, course: _Course, target: Model, watch: Watch) -> Served:
         call = course.call
-        answer = self._backends[target.backend.name].open(call, target, course.limits(target), watch)
+        limits = course.limits(target)
+        with self._place(target, watch, limits.answer_by, course.later()) as place:
+            # from here on the place is given back when the answer is closed
+            answer = place.hold(self._backends[target.backend.name].open(call, target, limits, watch))
         try:
             if call.stream:
                 return self._streamed(course, target, answer)
@@ -179,6 +186,10 @@ class _Course:
                 self.skip(target, why)
             else:
                 yield target
+
+    def later(self) -> Iterator[Model]:
+        """The members behind the present one that may still be tried."""
+        return (target for target in self._chain[len(self._chain) - self._left + 1 :] if not self._blocked(target))
 
     def limits(self, target: Model) -> Limits:
         """This attempt's share: what is left of the whole, divided among those still to come."""
@@ -415,6 +426,9 @@ _WAYS_OUT: Mapping[str, str] = {
     "template_error": "ask a model with another chat template",
     "empty_answer": "ask in other words, or another model",
     "unsupported": "ask a model that can, or correct {model}.capabilities",
+    "queue_full": "try again later, or raise {backend}.max_queue",
+    "no_room": "try again later, or raise memory.budget or {asked}.timeouts.total",
+    "cold": "set {model}.prefer_warm = false to have it loaded whatever it takes",
 }
 
 

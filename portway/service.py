@@ -56,7 +56,7 @@ on macOS, a systemd user unit on Linux. No root, and no other place than these:
                run as `python3 -I -S`: no site-packages, no current folder
   what it says ~/Library/Logs/portway.log, or the journal
 
-  install    write both and start it; again, after an update: replace and restart
+  install    write both and start it; after an update, write and start anew
   uninstall  stop it and remove both; configuration, log and cache stay
   status     whether it runs and answers; 0 if so, 3 if not
   logs       the last lines that it has said

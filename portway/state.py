@@ -15,6 +15,7 @@ from portway.catalogue import Catalogue
 from portway.config import PANELS
 from portway.council import CouncilBackend
 from portway.guards import Guards
+from portway.residency import anywhere
 from portway.routing import Router
 
 if TYPE_CHECKING:
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
     from portway.call import Backend
     from portway.config import Config, Model
     from portway.flights import Flights
+    from portway.residency import Residency
     from portway.routing import Cooling
 
 
@@ -37,13 +39,21 @@ class State:
     since: float
 
     @classmethod
-    def of(cls, config: Config, cooling: Cooling, cache: Cache | None, flights: Flights[Shared]) -> Self:
-        """What follows from `config`; the rest outlives it."""
+    def of(
+        cls,
+        config: Config,
+        cooling: Cooling,
+        cache: Cache | None,
+        flights: Flights[Shared],
+        residency: Residency | None = None,
+    ) -> Self:
+        """What follows from `config`; the rest outlives it. residency: None = no model waits for memory."""
         backends: dict[str, Backend] = {
             name: _KINDS[backend.kind](backend) for name, backend in config.backends.items()
         }
         catalogue = Catalogue(config)
-        router = Router(config, backends, cooling, catalogue.completed)
+        place = residency.place if residency is not None else anywhere
+        router = Router(config, backends, cooling, catalogue.completed, place)
         # pseudo-models ask others through the same router
         backends[PANELS["council"].name] = CouncilBackend(config, router, catalogue.completed)
         backends[PANELS["cascade"].name] = CascadeBackend(config, router)

@@ -43,7 +43,7 @@ from portway.standin_memory import Memory
 URL = "http://127.0.0.1:11436"
 MIX = "fast-9b=3,coder-30b=1"
 SIMULATED_MIX = f"{MIX},heavy=1"  # two that take turns behind one engine, beside the other's
-SERVERS = re.compile(r"ollama|llama-server|llama-swap|lms|vllm")
+SERVERS = re.compile(r"ollama|llama-server|llama-swap|lm studio|lms$|vllm", re.IGNORECASE)
 TOKENS = 64  # of each answer; enough to hold a model while others ask for theirs
 ANSWER_PATIENCE = 60.0  # seconds beyond --seconds that the last answers have
 SWAPPED = 256 * 1024**2  # bytes swapped out in one run that are no chance
@@ -59,6 +59,7 @@ SIMULATED = {
     "two": (StandInModel("qwen3-coder:30b", 18_600_000_000), StandInModel("gpt-oss:20b", 13_800_000_000)),
 }
 SIMULATED_BUDGET = 20_000_000_000
+QUICK = "min_stay = 0.3\npatience = 0.6\ncheck = 1"  # loads take 0.15 s here, and no minute
 SIMULATED_CONFIG = """
 [memory]
 {memory}
@@ -124,9 +125,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="stress.py", description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument(
-        "--mix", type=parse_mix, metavar="NAME=N,..", help=f"clients for each model ({MIX})"
-    )
+    parser.add_argument("--mix", type=parse_mix, metavar="NAME=N,..", help=f"clients for each model ({MIX})")
     parser.add_argument("--requests", type=_bounded(1, 100_000, int), default=60, metavar="N", help="in all (60)")
     parser.add_argument("--seconds", type=_bounded(1, 3600, float), default=120.0, metavar="S", help="at most (120)")
     parser.add_argument("--every", type=_bounded(0.01, 60, float), default=0.0, metavar="S", help="between two samples")
@@ -225,11 +224,8 @@ def simulated(stack: ExitStack, options: argparse.Namespace) -> Target:
         stack.enter_context(StandIn(models, memory=shared, load_delay=0.15, token_delay=0.002, parallel=4))
         for models in SIMULATED.values()
     )
-    switch = "enabled = false" if options.no_residency else f"budget = {options.budget}"
+    switch = "enabled = false" if options.no_residency else f"budget = {options.budget}\n{QUICK}"
     text = SIMULATED_CONFIG.format(memory=switch, one=one.url, two=two.url)
-    known = _knows_memory()
-    if not known:  # a Portway from before there was an arbiter
-        text = text.replace(f"[memory]\n{switch}\n", "")
     parsed = config.parse(text, f"{home}/models.toml", {})
     unknown = [name for name in options.mix if parsed.resolve(name) is None]
     if unknown:
@@ -237,13 +233,9 @@ def simulated(stack: ExitStack, options: argparse.Namespace) -> Target:
     daemon = Daemon(replace(parsed, server=replace(parsed.server, port=0)), say=lambda _: None)
     daemon.start()
     stack.callback(daemon.stop, 5.0)
-    has = known and not options.no_residency
+    has = not options.no_residency
     what = f"a simulation with {options.budget / 1e9:.1f} GB for models, {'with' if has else 'without'} the arbiter"
     return Target(what, daemon.url, lambda: look_at_stand_in(shared), residency=has, memory=shared)
-
-
-def _knows_memory() -> bool:
-    return "memory" in config.schema({}).fields
 
 
 # --- driving it ------------------------------------------------------------------------------
@@ -413,7 +405,7 @@ def tree_rss(processes: Iterable[Process]) -> int | None:
     children: dict[int, list[Process]] = {}
     for process in processes:
         children.setdefault(process.parent, []).append(process)
-    todo = [process for process in processes if SERVERS.search(process.name)]
+    todo = [process for process in processes if SERVERS.match(process.name)]
     counted: dict[int, int] = {}
     while todo:
         process = todo.pop()

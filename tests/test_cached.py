@@ -1,123 +1,35 @@
-"""The cache and single flight through the daemon: clients on one side, a backend on the other, sockets between."""
+"""The cache through the daemon: a client on one side, a backend on the other, sockets between."""
 
 from __future__ import annotations
 
-import json
-import os
-import resource
-import signal
 import sqlite3
-import subprocess
-import sys
-import tempfile
 import threading
 import unittest
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import ExitStack, closing, contextmanager, redirect_stdout
-from io import StringIO
-from pathlib import Path
+from collections.abc import Mapping
+from contextlib import ExitStack, closing
 from typing import Any
-from unittest import mock
 
-from portway import cache as cache_module
-from portway import cache_cli, cache_file
 from portway.cache import Cache
-from portway.standin import DEFAULT_MODELS, Fault, StandIn, StandInModel
-from tests.daemon import Daemon, DaemonProcess
-from tests.doubles import LAST_CHUNK, RawClient, RawResponse, chunk, json_reply, sse_body, stream_head
+from portway.standin import Fault, StandIn
+from tests.cached import (
+    BROKEN,
+    MODELS,
+    QUESTION,
+    TOOL,
+    CachedCase,
+    chat,
+    choice,
+    condensed,
+    configured,
+    streamed,
+    text_of,
+    verdict,
+)
+from tests.daemon import Daemon
+from tests.doubles import LAST_CHUNK, chunk, json_reply, sse_body, stream_head
 from tests.llama_server import LlamaServer, wait_for
 from tests.targets import CHAT, Target, chain, delta, finish
 from tests.tiny_gguf import TinyModel
-
-ASKED = ("/api/chat", "/api/generate", "/api/embed")
-QUESTION = [{"role": "user", "content": "Why is the sky blue?"}]
-BUSY = Fault("status", status=503, error="server busy")
-BROKEN = Fault("status", status=500, error="it broke")
-CHOPPER = StandInModel("chopper", chops=True)
-MODELS = {
-    "nine": 'model = "qwen3.5:9b"\nthink = false\nfallback = ["three"]\ncache = "1h"\n',
-    "three": 'model = "llama3.2:3b"\ncache = "1h"\n',
-    "thinker": 'model = "qwen3.5:9b"\nthink = true\ncache = "1h"\n',
-    "coder": 'model = "qwen3-coder:30b"\n',
-    "chopper": 'model = "chopper"\nnum_ctx = 64\ncache = "1h"\n',
-    "embed": 'model = "nomic-embed-text"\ncapabilities = ["embedding"]\ncache = "1h"\n',
-}
-TOOL = {"type": "function", "function": {"name": "weather", "parameters": {"type": "object"}}}
-
-
-def configured(url: str, models: Mapping[str, str] = MODELS, rest: str = "") -> str:
-    """A models.toml with these models behind one stand-in, which never cools down."""
-    text = f'[cooldown]\nfailures = 1000\n[backends.box]\nkind = "ollama"\nurl = "{url}"\n{rest}'
-    return text + "".join(f'[models.{name}]\nbackend = "box"\n{lines}' for name, lines in models.items())
-
-
-def chat(model: str = "nine", **fields: Any) -> dict[str, Any]:
-    return {"model": model, "messages": QUESTION, **fields}
-
-
-def streamed(body: bytes) -> list[Any]:
-    """A stream's events, parsed; [DONE] as it is. Comments and blank lines are passed over."""
-    data = [line[6:] for line in body.decode().split("\n") if line.startswith("data: ")]
-    return [text if text == "[DONE]" else json.loads(text) for text in data]
-
-
-def text_of(response: RawResponse) -> str:
-    """The answer's text, of a stream or not."""
-    if (response.header("content-type") or "").startswith("application/json"):
-        return str(response.json["choices"][0]["message"]["content"])
-    choices = [choice for event in streamed(response.body)[:-1] for choice in event["choices"]]
-    return "".join(choice["delta"].get("content") or "" for choice in choices)
-
-
-def verdict(response: RawResponse) -> tuple[int, str | None]:
-    return response.status, response.header("x-cache")
-
-
-class CachedCase(unittest.TestCase):
-    """A daemon with a cache in front of a stand-in."""
-
-    SERVER = ""
-
-    def setUp(self) -> None:
-        self.folder = self.enterContext(tempfile.TemporaryDirectory())
-        self.path = os.path.join(self.folder, "cache.sqlite3")
-        self.said: list[str] = []
-        self.backend = self.enterContext(StandIn([*DEFAULT_MODELS, CHOPPER]))
-        self.cache = Cache(self.path, say=self.said.append)
-        self.addCleanup(self.cache.close)
-        self.daemon = self.enterContext(Daemon(configured(self.backend.url, rest=self.SERVER), cache=self.cache))
-        self.client = self.enterContext(self.daemon.client())
-
-    def post(self, body: Mapping[str, Any], path: str = CHAT, **headers: str) -> RawResponse:
-        named = {name.replace("_", "-"): value for name, value in headers.items()}
-        return self.client.call("POST", path, body, named)
-
-    @property
-    def asked(self) -> int:
-        """How many answers the backend was asked for."""
-        return sum(request.path in ASKED for request in self.backend.requests)
-
-    def await_phase(self, phase: str) -> None:
-        """Wait until a request at the backend is there."""
-        self.assertTrue(self.backend.wait_for(lambda _: self.in_phase(phase) > 0))
-
-    def in_phase(self, phase: str) -> int:
-        """How many requests at the backend are there."""
-        return sum(each.phase == phase and each.ended is None for each in self.backend.requests)
-
-    def written(self) -> None:
-        """Wait until what the client was answered is in the file. It is handed in after the answer was sent,
-        but before the next one on the same connection."""
-        self.client.call("GET", "/health")
-        self.assertTrue(self.cache.flush(10))
-
-    @property
-    def left(self) -> int:
-        """How many of them the backend saw cancelled."""
-        return sum(request.left for request in self.backend.requests)
-
-    def health(self) -> Any:
-        return self.client.call("GET", "/health").json["cache"]
 
 
 class Headers(CachedCase):
@@ -175,7 +87,7 @@ class Replay(CachedCase):
                 order = [stream, plain] if first_streams else [plain, stream]
                 answers = [self.post(body) for body in order]
                 self.assertEqual(["MISS", "HIT"], [answer.header("x-cache") for answer in answers])
-                events, whole = (answers if first_streams else answers[::-1])
+                events, whole = answers if first_streams else answers[::-1]
                 self.assertEqual(shape_of_plain(whole.json), shape_of_stream(streamed(events.body)))
                 self.assertIn("reasoning_content", whole.json["choices"][0]["message"])
 
@@ -241,26 +153,6 @@ def shape_of_stream(events: list[Any]) -> dict[str, Any]:
     return {"said": said, "finish": next(filter(None, finishes)), "usage": events[-2].get("usage")}
 
 
-def condensed(events: list[Any]) -> list[Any]:
-    """A stream in order, with neighbouring pieces of the same kind as one: what a client makes of it."""
-    told: list[list[Any]] = []
-    for event in events:
-        if event == "[DONE]":
-            told.append(["done"])
-            continue
-        for choice in event["choices"]:
-            said = {key: value for key, value in choice["delta"].items() if value}
-            if told and said and told[-1][0] == list(said) != ["role"]:
-                told[-1][1] = {key: told[-1][1][key] + value for key, value in said.items()}
-            elif said:
-                told.append([list(said), said])
-            if choice["finish_reason"]:
-                told.append(["finish", choice["finish_reason"]])
-        if event.get("usage"):
-            told.append(["usage", event["usage"], len(event["choices"])])
-    return told
-
-
 class NeverStored(CachedCase):
     def twice(self, body: Mapping[str, Any], status: int = 200) -> None:
         """The same request again is a miss: of the first one nothing was kept."""
@@ -312,7 +204,7 @@ class NeverStored(CachedCase):
                 client.request("POST", CHAT, body)
                 self.await_phase("hang")
             number = 1 + stream
-            self.assertTrue(self.backend.wait_for(lambda backend: self.left == number))  # noqa: B023
+            self.assertTrue(self.backend.wait_for(lambda _: self.left == number))  # noqa: B023
             self.assert_not_stored(body)
 
     def test_tool_calls(self) -> None:
@@ -342,10 +234,6 @@ class NeverStored(CachedCase):
                     answers = [client.call("POST", CHAT, body) for _ in range(2)]
                     self.assertNotIn("HIT", [answer.header("x-cache") for answer in answers])
             self.assertEqual(4, len(target.asked))
-
-
-def choice(index: int = 0, text: str = "Hello.") -> dict[str, Any]:
-    return {"index": index, "message": {"role": "assistant", "content": text}, "finish_reason": "stop"}
 
 
 class Steering(CachedCase):
@@ -436,17 +324,6 @@ class Steering(CachedCase):
             db.execute("UPDATE answers SET stored_at = stored_at - ?", (seconds,))
 
 
-
-def facts_of(response: RawResponse) -> tuple[str, str, str]:
-    """(served_by, cache, attempts), from the headers or, where a heartbeat had sent those, from the first chunk."""
-    names = ("x-served-by", "x-cache", "x-portway-attempts")
-    if response.header(names[0]):
-        served_by, cache, attempts = (response.header(name) or "" for name in names)
-        return served_by, cache, attempts
-    facts = streamed(response.body)[0]["portway"]
-    return facts["served_by"], facts["cache"], facts.get("attempts", "")
-
-
 class Key(CachedCase):
     def test_each_option_that_shapes_the_answer_counts(self) -> None:
         """A reload that changes what a backend is asked makes the stored answer another request's."""
@@ -499,456 +376,6 @@ class Key(CachedCase):
         self.daemon.use(configured(self.backend.url, {"three": MODELS["three"] + 'flag = "3b"\naliases = ["gpt"]\n'}))
         names = ("three", "gpt", "flag:3b")
         self.assertEqual(["MISS", "HIT", "HIT"], [self.post(chat(name)).header("x-cache") for name in names])
-
-
-class FlightCase(CachedCase):
-    """Requests for the same at the same time. The stand-in hangs until it is released."""
-
-    SERVER = "[server]\nheartbeat = 0.05\n"
-
-    @contextmanager
-    def together(self, bodies: Iterable[Mapping[str, Any]], **headers: str) -> Iterator[list[RawClient]]:
-        """Clients that have all sent their requests: the first one's hangs at the backend, the others wait for it."""
-        named = {name.replace("_", "-"): value for name, value in headers.items()}
-        with ExitStack() as stack:
-            clients: list[RawClient] = []
-            for body in bodies:
-                client = stack.enter_context(self.daemon.client())
-                client.request("POST", CHAT, body, named)
-                clients.append(client)
-                if len(clients) == 1:
-                    self.await_phase("hang")
-            wait_for(lambda: self.daemon.sharing == len(clients) - 1, "the others' waiting")
-            yield clients
-
-
-class AtOnce(FlightCase):
-    def test_fifty_at_once_ask_once(self) -> None:
-        """Plain, streamed and mixed; each gets the same text, under an id of its own."""
-        for number, kind in enumerate(("plain", "streamed", "mixed")):
-            with self.subTest(kind):
-                self.backend.fail("/api/chat", "hang")
-                before = self.asked
-                forms = [kind == "streamed" or (kind == "mixed" and bool(place % 2)) for place in range(50)]
-                bodies = [chat("three", stream=form, seed=number) for form in forms]
-                with self.together(bodies) as clients:
-                    self.backend.release()
-                    answers = [client.response() for client in clients]
-                self.assertEqual(before + 1, self.asked)
-                self.assertEqual(1, len({text_of(answer) for answer in answers}))
-                ids = {
-                    streamed(answer.body)[0]["id"] if form else answer.json["id"]
-                    for form, answer in zip(forms, answers, strict=True)
-                }
-                self.assertEqual(50, len(ids))
-                self.assertEqual((200, "HIT"), verdict(self.post(bodies[0])))
-
-    def test_who_waited_is_told_so(self) -> None:
-        """An answer that no model had to work for is a HIT, of age 0."""
-        self.backend.fail("/api/chat", "hang")
-        with self.together([chat("three")] * 2) as clients:
-            self.backend.release()
-            answers = [client.response() for client in clients]
-        told = [(answer.header("x-cache"), answer.header("age")) for answer in answers]
-        self.assertEqual([("MISS", None), ("HIT", "0")], told)
-
-    def test_heartbeats_reach_who_waits(self) -> None:
-        """A streaming client hears that somebody is there, and then from the stream itself who answers."""
-        self.backend.fail("/api/chat", "hang")
-        with self.together([chat("three", stream=True)] * 3) as clients:
-            streams = [client.events(client.head()) for client in clients]
-            self.assertEqual(["portway"] * 3, [next(stream).comment for stream in streams])
-            self.backend.release()
-            firsts = [next(event.json for event in stream if event.data) for stream in streams]
-        facts = [{"served_by": "three", "cache": verdict} for verdict in ("MISS", "HIT", "HIT")]
-        self.assertEqual(facts, [first["portway"] for first in firsts])
-
-    def test_a_demoted_answer_is_shared_but_not_kept(self) -> None:
-        """Who waits gets what the first one got, with the truth about it; later the model itself is asked again."""
-        self.backend.fail("/api/chat", BROKEN)
-        self.backend.fail("/api/chat", "hang")
-        with self.together([chat(), chat(), chat(stream=True)]) as clients:
-            self.backend.release()
-            told = [facts_of(client.response()) for client in clients]
-        self.assertEqual([("three", "MISS"), ("three", "HIT"), ("three", "HIT")], [each[:2] for each in told])
-        self.assertEqual(1, len({attempts for _, _, attempts in told}))
-        self.assertRegex(told[0][2], r"^nine=server_error\(.*\); three=ok$")
-        self.assertEqual(("nine", "MISS", ""), facts_of(self.post(chat())))
-
-    def test_without_fallback_nobody_gets_a_demoted_answer(self) -> None:
-        """X-Portway-Fallback: off does not wait for a request that may fall back."""
-        self.backend.fail("/api/chat", BROKEN)
-        self.backend.fail("/api/chat", "hang")
-        with self.together([chat()]) as (lenient,):
-            strict = self.post(chat(), X_Portway_Fallback="off")
-            self.assertEqual(("nine", "MISS", ""), facts_of(strict))
-            self.backend.release()
-            self.assertEqual("three", lenient.response().header("x-served-by"))
-
-    def test_too_many_for_one_flight(self) -> None:
-        """Who comes beyond the bound is answered by itself."""
-        self.backend.fail("/api/chat", "hang", 2)
-        bodies = [chat("three")] * 130
-        with ExitStack() as stack:
-            clients = [stack.enter_context(self.daemon.client()) for _ in bodies]
-            for client, body in zip(clients, bodies, strict=True):
-                client.request("POST", CHAT, body)
-            wait_for(lambda: self.daemon.sharing == 128, "a full flight")
-            self.assertTrue(self.backend.wait_for(lambda _: self.in_phase("hang") == 2))
-            self.backend.release()
-            self.assertEqual({200}, {client.response().status for client in clients})
-        self.assertEqual(2, self.asked)
-
-    def test_nothing_leaks(self) -> None:
-        """After ten storms no request is under way, no flight is left, and no more descriptors are open than before."""
-        toml = configured(self.backend.url)
-        self.daemon.use(toml.replace('kind = "ollama"', 'kind = "ollama"\nmax_idle = 0'))
-        self.post(chat("three"))
-        before = len(os.listdir("/dev/fd"))
-        for number in range(10):
-            self.backend.fail("/api/chat", "hang")
-            with self.together([chat("three", stream=bool(place % 2), seed=number) for place in range(9)]) as clients:
-                for client in clients[::3]:
-                    client.close()
-                wait_for(lambda: self.daemon.sharing == 6, "their leaving")
-                self.backend.release()
-                kept = [client for place, client in enumerate(clients) if place % 3]
-                self.assertEqual({200}, {client.response().status for client in kept})
-        wait_for(lambda: len(os.listdir("/dev/fd")) <= before + cache_file.IDLE_READERS, "the descriptors' being closed")
-        self.assertEqual(0, self.daemon.flights)
-        self.assertEqual(1, self.client.call("GET", "/health").json["in_flight"])
-
-
-class Leaving(FlightCase):
-    """What becomes of a flight when its members go, or fail."""
-
-    def hang(self, kind: str = "hang") -> None:
-        self.backend.fail("/api/chat", kind)
-
-    def test_the_first_ones_leaving_does_not_cancel_the_others(self) -> None:
-        """Before the answer or in the middle of it, plain or streamed: it goes on, once, and is kept."""
-        for number, (kind, stream) in enumerate(
-            [("hang", False), ("hang", True), ("hang_mid_stream", False), ("hang_mid_stream", True)]
-        ):
-            with self.subTest(kind, stream=stream):
-                self.hang(kind)
-                before = self.asked
-                body = chat("three", stream=stream, seed=number)
-                with self.together([body, body, {**body, "stream": not stream}]) as clients:
-                    if stream and kind == "hang_mid_stream":
-                        events = clients[0].events(clients[0].head())
-                        next(event for event in events if event.data)
-                    clients[0].close()
-                    self.backend.release()
-                    answers = [client.response() for client in clients[1:]]
-                self.assertEqual([(200, "HIT")] * 2, [(each.status, facts_of(each)[1]) for each in answers])
-                self.assertEqual(1, len({text_of(answer) for answer in answers}))
-                self.assertEqual((200, "HIT"), verdict(self.post(body)))
-                self.assertEqual(before + 1, self.asked)
-
-    def test_when_all_have_left_the_generation_stops(self) -> None:
-        """The last one's leaving reaches the backend, whether the first one left before or after it."""
-        for number, order in enumerate(((0, 1, 2), (2, 1, 0))):
-            with self.subTest(order):
-                self.hang("hang_mid_stream")
-                bodies = [chat("three", stream=bool(place % 2), seed=number) for place in range(3)]
-                with self.together(bodies) as clients:
-                    for place in order:
-                        self.assertEqual(number, self.left)
-                        clients[place].close()
-                        waiting = sum(client.sock.fileno() >= 0 for client in clients[1:])
-                        wait_for(lambda: self.daemon.sharing == waiting, "its leaving")  # noqa: B023
-                    self.assertTrue(self.backend.wait_for(lambda _: self.left == number + 1))  # noqa: B023
-                wait_for(lambda: self.daemon.flights == 0, "the flight's end")
-                self.assertEqual("MISS", self.post(bodies[0]).header("x-cache"))
-
-    def test_a_client_that_does_not_read_keeps_nobody_waiting_for_ever(self) -> None:
-        """The first one's connection is full: it is given up, and the others get the whole answer."""
-        gate = threading.Event()
-        texts = ["x" * 1_000_000] * 7
-        events = sse_body([delta(role="assistant"), *(delta(content=text) for text in texts), finish()])
-        reply = [gate, stream_head(), *map(chunk, events), LAST_CHUNK]
-        server = "[server]\nwrite_timeout = 1\n"
-        with ExitStack() as stack:
-            target = stack.enter_context(Target(reply))
-            toml = chain(target.url, models={"first": 'cache = "1h"\n'}, rest=server)
-            daemon = stack.enter_context(Daemon(toml, cache=self.cache))
-            clients = [stack.enter_context(daemon.client()) for _ in range(2)]
-            clients[0].request("POST", CHAT, chat("first", stream=True))
-            target.wait_requests(1)
-            wait_for(lambda: len(target.asked) == 1, "the first one")
-            clients[1].request("POST", CHAT, chat("first"))
-            wait_for(lambda: daemon.sharing == 1, "the second one's waiting")
-            gate.set()
-            answer = clients[1].response()
-            self.assertEqual((200, "HIT"), verdict(answer))
-            self.assertEqual("".join(texts), text_of(answer))
-
-
-class Failing(CachedCase):
-    """A flight whose leader's backend fails. The backends are scripted, so that they fail when a test says so."""
-
-    @contextmanager
-    def together(self, target: Target, forms: Iterable[bool]) -> Iterator[tuple[Daemon, list[RawClient]]]:
-        toml = chain(target.url, models={"first": 'cache = "1h"\n'}, rest="[cooldown]\nfailures = 1000\n")
-        with ExitStack() as stack:
-            daemon = stack.enter_context(Daemon(toml, cache=self.cache))
-            clients: list[RawClient] = []
-            for form in forms:
-                client = stack.enter_context(daemon.client())
-                client.request("POST", CHAT, chat("first", stream=form))
-                clients.append(client)
-                wait_for(lambda: len(target.asked) + daemon.sharing == len(clients), "its place")
-            yield daemon, clients
-
-    def test_one_takes_over(self) -> None:
-        """The first one fails, one of the others asks again, and all of these get its answer."""
-        gate, again = threading.Event(), threading.Event()
-        error = json_reply({"error": {"message": "no"}}, 500)
-        with Target([gate, error], [again, json_reply({"choices": [choice()]})]) as target:
-            with self.together(target, [False] * 10) as (daemon, clients):
-                gate.set()
-                wait_for(lambda: len(target.asked) == 2, "the second try")
-                self.assertEqual(502, clients[0].response().status)
-                again.set()
-                answers = [client.response() for client in clients[1:]]
-            self.assertEqual([200] * 9, [answer.status for answer in answers])
-            self.assertEqual(8, sum(answer.header("x-cache") == "HIT" for answer in answers))
-            self.assertEqual(2, len(target.asked))
-
-    def test_a_second_failure_is_everybodys(self) -> None:
-        """A backend that is down is asked twice, and everybody is told all about it, streaming or not."""
-        gate = threading.Event()
-        error = json_reply({"error": {"message": "no"}}, 500)
-        with Target([gate, error], then=error) as target:
-            with self.together(target, [False, True] * 5) as (daemon, clients):
-                gate.set()
-                answers = [client.response() for client in clients]
-            self.assertEqual(2, len(target.asked))
-            for answer in answers:
-                self.assertEqual((502, "server_error"), (answer.status, answer.json["error"]["code"]))
-                self.assertTrue((answer.header("x-portway-attempts") or "").startswith("first=server_error("))
-                self.assertEqual("false", answer.header("x-should-retry"))
-
-    def test_a_stream_that_breaks_for_its_client_is_begun_again_for_the_others(self) -> None:
-        """What the first one got can't be taken back; who waited has got nothing yet and need not see it."""
-        gate, more = threading.Event(), threading.Event()
-        broken = [gate, stream_head(), *map(chunk, sse_body([delta(content="Hel")], done=False)), more, LAST_CHUNK]
-        good = [stream_head(), *map(chunk, sse_body([delta(content="Hello."), finish()])), LAST_CHUNK]
-        with Target(broken, good) as target, self.together(target, [True] * 3) as (_, clients):
-            gate.set()
-            events = clients[0].events(clients[0].head())
-            self.assertEqual("Hel", next(events).json["choices"][0]["delta"]["content"])
-            more.set()
-            self.assertIn("error", [event.json for event in events][-1])
-            answers = [client.response() for client in clients[1:]]
-            self.assertEqual([200, 200], [answer.status for answer in answers])
-            self.assertEqual({"Hello."}, {text_of(answer) for answer in answers})
-
-    def test_what_is_too_long_to_be_shared(self) -> None:
-        """Then everybody asks for himself, at once."""
-        gate = threading.Event()
-        events = sse_body([delta(content="x" * 5_000_000), delta(content="y" * 5_000_000), finish()])
-        long = [gate, stream_head(), *map(chunk, events), LAST_CHUNK]
-        short = [stream_head(), *map(chunk, sse_body([delta(content="Hello."), finish()])), LAST_CHUNK]
-        with Target(long, then=short) as target, self.together(target, [True] * 3) as (_, clients):
-            gate.set()
-            answers = [client.response() for client in clients]
-            self.assertEqual([10_000_000, 6, 6], [len(text_of(answer)) for answer in answers])
-            self.assertEqual(3, len(target.asked))
-
-
-class Trouble(CachedCase):
-    """Whatever is wrong with the cache's file: requests go on, /health and stderr say so once, and it recovers."""
-
-    def setUp(self) -> None:
-        for name, seconds in (("RETRY_AFTER", 0.05), ("RETRY_AT_MOST", 0.1), ("WRITE_PATIENCE", 0.05)):
-            self.enterContext(mock.patch.object(cache_module, name, seconds))
-        super().setUp()
-
-    @contextmanager
-    def cached_at(self, path: str) -> Iterator[None]:
-        """Another daemon, with its cache there."""
-        self.cache.close()
-        self.path, self.cache = path, Cache(path, say=self.said.append)
-        with closing(self.cache), Daemon(configured(self.backend.url), cache=self.cache) as self.daemon:
-            with self.daemon.client() as self.client:
-                yield
-
-    def assert_works(self) -> None:
-        wait_for(lambda: self.health()["problem"] is None, "the cache's recovery", lambda: str(self.said))
-        self.assertEqual(["MISS", "HIT"], [self.post(chat("three", top_k=9)).header("x-cache") for _ in range(2)])
-
-    def assert_goes_on_without(self, words: str) -> None:
-        """Requests are answered; the trouble is said, and said once."""
-        wait_for(lambda: words in str(self.health()["problem"]), "the problem's being known", lambda: str(self.said))
-        answers = [self.post(chat("three", seed=7)) for _ in range(3)]
-        self.assertEqual([200] * 3, [answer.status for answer in answers])
-        self.assertEqual(1, sum(words in line for line in self.said), self.said)
-
-    def test_corrupt(self) -> None:
-        """What is no database is kept aside, and a new one begun."""
-        path = os.path.join(self.folder, "corrupt.sqlite3")
-        Path(path).write_bytes(b"this is no database" * 1000)
-        with self.cached_at(path):
-            self.assert_works()
-            self.assertIn("was corrupt; it is kept as", self.health()["notice"])
-            self.assertEqual(1, len(self.said))
-            self.assertEqual(1, len(cache_file.aside(path)))
-
-    def test_torn_pages(self) -> None:
-        """A file that looks right until it is read: the look-up is a miss, and then the same happens."""
-        for seed in range(30):
-            self.post(chat("three", seed=seed))
-        self.cache.close()
-        with open(self.path, "r+b") as file:
-            file.seek(cache_file.PAGE)
-            file.write(os.urandom(os.path.getsize(self.path) - cache_file.PAGE))
-        with self.cached_at(self.path):
-            self.assertEqual({(200, "MISS")}, {verdict(self.post(chat("three", seed=seed))) for seed in range(30)})
-            wait_for(lambda: len(self.said) == 1 and not self.cache.problem, "a new file", lambda: str(self.said))
-            self.assert_works()
-
-    def test_locked(self) -> None:
-        """Another process holds the file: answers wait in memory, where they are found, and are written later."""
-        lock = (
-            "import sqlite3, sys\n"
-            "db = sqlite3.connect(sys.argv[1], isolation_level=None)\n"
-            "db.execute('BEGIN IMMEDIATE')\n"
-            "print('locked', flush=True)\n"
-            "sys.stdin.read()\n"
-        )
-        self.post(chat("three"))
-        self.written()
-        command = [sys.executable, "-c", lock, self.path]
-        with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other:
-            assert other.stdin and other.stdout
-            other.stdout.readline()
-            self.assertEqual(["MISS", "HIT"], [self.post(chat("three", seed=1)).header("x-cache") for _ in range(2)])
-            self.assert_goes_on_without("is locked by another process")
-            other.stdin.close()
-        self.assert_works()
-        self.assertEqual("HIT", self.post(chat("three", seed=1)).header("x-cache"))
-        self.assertEqual("the cache works again", self.said[-1])
-
-    def test_of_a_newer_version(self) -> None:
-        """It is left alone."""
-        path = os.path.join(self.folder, "newer.sqlite3")
-        with closing(sqlite3.connect(path)) as db:
-            db.execute("CREATE TABLE t (x)")
-            db.execute("PRAGMA user_version = 99")
-        before = Path(path).read_bytes()
-        with self.cached_at(path):
-            self.assert_goes_on_without("was written by a newer Portway")
-            self.assertEqual(before, Path(path).read_bytes())
-            os.unlink(path)
-            self.assert_works()
-
-    def test_where_no_file_can_be(self) -> None:
-        """A folder that can't be made."""
-        with self.cached_at("/dev/null/portway/cache.sqlite3"):
-            self.assert_goes_on_without("can't be used")
-
-    def test_off_and_on(self) -> None:
-        """`portway cache off`: nothing is looked up, nothing kept, and answers say BYPASS; `on`: all of it is back."""
-        self.post(chat("three"))
-        self.written()
-        with redirect_stdout(StringIO()):
-            self.assertEqual(0, cache_cli.main(["off"], self.path))
-        self.cache.flush(10)
-        self.assert_goes_on_without("is turned off")
-        self.assertEqual((200, "BYPASS"), verdict(self.post(chat("three"))))
-        self.assertEqual(504, self.post(chat("three"), Cache_Control="only-if-cached").status)
-        self.assertEqual(0, self.health()["dropped"])
-        with redirect_stdout(StringIO()):
-            self.assertEqual(0, cache_cli.main(["on"], self.path))
-        self.assert_works()
-        self.assertEqual("HIT", self.post(chat("three")).header("x-cache"))
-
-
-class Killed(unittest.TestCase):
-    """The daemon as a process, with the files of a user."""
-
-    def setUp(self) -> None:
-        folder = self.enterContext(tempfile.TemporaryDirectory())
-        self.environ = {"XDG_CACHE_HOME": f"{folder}/cache", "XDG_DATA_HOME": f"{folder}/data"}
-        self.path = f"{folder}/cache/portway/cache.sqlite3"
-        self.log = Path(folder) / "data" / "portway" / "log.jsonl"
-        self.backend = self.enterContext(StandIn())
-        models = {name: MODELS[name] for name in ("three", "embed")}
-        self.toml = configured(self.backend.url, models)
-
-    def test_kill_9_in_the_middle_of_a_thousand_writes(self) -> None:
-        """What was in the file stays there and is found again; the log has whole lines only."""
-        with DaemonProcess(self.toml, self.environ) as daemon:
-            threads = [threading.Thread(target=self.write, args=(daemon, place), daemon=True) for place in range(10)]
-            for thread in threads:
-                thread.start()
-            wait_for(lambda: len(self.stored()) >= 300, "300 answers in the file")
-            before = self.stored()
-            daemon.send(signal.SIGKILL)
-            daemon.wait()
-            for thread in threads:
-                thread.join(30)
-        self.assertLess(len(before), 1000)
-        with DaemonProcess(self.toml, self.environ) as daemon, daemon.client() as client:
-            self.assertEqual(set(), before - self.stored())
-            with closing(sqlite3.connect(self.path)) as db:
-                self.assertEqual([("ok",)], db.execute("PRAGMA integrity_check").fetchall())
-            verdicts = [client.call("POST", CHAT, chat("three", seed=seed)).header("x-cache") for seed in range(1000)]
-            self.assertGreaterEqual(verdicts.count("HIT"), len(before))
-            wait_for(lambda: self.log.read_bytes().count(b'"cache_hit":true') >= len(before), "the log")
-            lines = self.log.read_bytes().split(b"\n")
-        self.assertEqual(b"", lines.pop())
-        for line in lines:
-            self.assertIn("prompt_hash", json.loads(line))
-
-    def write(self, daemon: DaemonProcess, place: int) -> None:
-        """A tenth of the thousand, as far as the daemon lives."""
-        try:
-            with daemon.client() as client:
-                for seed in range(place, 1000, 10):
-                    client.call("POST", CHAT, chat("three", seed=seed))
-        except (ConnectionError, TimeoutError):
-            pass
-
-    def stored(self) -> set[bytes]:
-        """The keys in the file."""
-        try:
-            with closing(sqlite3.connect(f"file:{self.path}?mode=ro", uri=True)) as db:
-                return {key for (key,) in db.execute("SELECT key FROM answers")}
-        except sqlite3.OperationalError:  # there is no table yet
-            return set()
-
-    @unittest.skipUnless(hasattr(resource, "prlimit"), "needs Linux, to take a process its disk away")
-    def test_a_full_disk(self) -> None:
-        """Requests go on, /health and stderr tell of log and cache, once; with room again both go on."""
-        with DaemonProcess(self.toml, self.environ) as daemon, daemon.client() as client:
-            first = client.call("POST", "/v1/embeddings", vectors(0))
-            wait_for(lambda: len(self.stored()) == 1 and self.log.exists(), "the files")
-            self.limit(daemon, 8192)
-            answers = [client.call("POST", "/v1/embeddings", vectors(number)) for number in range(1, 40)]
-            wait_for(lambda: all(self.problems(client)), "both problems", lambda: daemon.log)
-            self.assertEqual({200}, {answer.status for answer in [first, *answers]})
-            self.assertEqual(200, client.call("POST", "/v1/embeddings", vectors(99)).status)
-            self.limit(daemon, resource.RLIM_INFINITY)
-            wait_for(lambda: not any(self.problems(client)), "their end", lambda: daemon.log)
-            again = [client.call("POST", "/v1/embeddings", vectors(100)) for _ in range(2)]
-            self.assertEqual("HIT", again[1].header("x-cache"))
-            self.assertEqual(1, daemon.log.count("the cache's file"), daemon.log)
-            self.assertEqual(1, daemon.log.count("the log can't be written"), daemon.log)
-
-    def problems(self, client: RawClient) -> list[str | None]:
-        health = client.call("GET", "/health").json
-        return [health[part]["problem"] for part in ("cache", "log")]
-
-    def limit(self, daemon: DaemonProcess, size: int) -> None:
-        """No file of the daemon may grow beyond `size` bytes."""
-        resource.prlimit(daemon.pid, resource.RLIMIT_FSIZE, (size, resource.RLIM_INFINITY))
-
-
-def vectors(number: int) -> dict[str, Any]:
-    return {"model": "embed", "input": [f"text {number}", f"more of {number}"]}
 
 
 class ReplayedToTheSdk(CachedCase):
@@ -1013,3 +440,7 @@ class ReplayedToTheSdk(CachedCase):
             self.assertEqual(("MISS", "HIT"), (live[0], again[0]))
             self.assertEqual(condensed(live[1]), condensed(again[1]))
             self.assertEqual(live[1][-1]["timings"], again[1][-1]["timings"])
+
+
+if __name__ == "__main__":
+    unittest.main()

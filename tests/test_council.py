@@ -15,7 +15,7 @@ from unittest import mock
 from portway import config, council
 from portway.config import Model
 from tests.daemon import Daemon
-from tests.doubles import HANG, LAST_CHUNK, Action, RawClient, RawResponse, json_reply, sse_reply
+from tests.doubles import HANG, LAST_CHUNK, Action, RawClient, RawResponse, ScriptedConnection, json_reply, sse_reply
 from tests.llama_server import LlamaServer, wait_for
 from tests.targets import (
     CHAT,
@@ -387,6 +387,21 @@ class PartialTest(unittest.TestCase):
             self.assertNotIn("half", sitting.asked("chair")[0]["messages"][-1]["content"])
         self.assertEqual("stream_broken", told["members"][0]["status"])
 
+    def test_a_members_chain(self) -> None:
+        """Where a member fails, or breaks off what nobody has read yet, the next in its chain answers; it is told."""
+        for alpha in (BROKEN, [begun("openai", "half"), LAST_CHUNK], said("<think>x</think>")):
+            models = {"alpha": 'fallback = ["beta"]\n'}
+            options = 'members = ["alpha", "alpha"]'
+            with Sitting(alpha, said("b"), chair=plain("c"), models=models, options=options) as sitting:
+                response = sitting.ask()
+                text = sitting.asked("chair")[0]["messages"][-1]["content"]
+                self.assertEqual((2, 0), (text.count(":\nb\n"), text.count("half")))
+                self.assertEqual(
+                    ("degraded", "council(beta,beta>chair)"), tuple(map(response.header, ("x-council", "x-served-by")))
+                )
+                off = sitting.ask(headers={"X-Portway-Fallback": "off"})
+                self.assertEqual((502, "no_quorum"), (off.status, off.json["error"]["code"]))
+
     def test_only_thinking(self) -> None:
         """An answer that is all thinking is empty."""
         with Sitting(said("<think>x</think>"), said("b"), chair=plain("c")) as sitting:
@@ -411,17 +426,18 @@ class PartialTest(unittest.TestCase):
 
     def test_fail_on_partial(self) -> None:
         """on_partial = "fail": one failure is everybody's, at once; who still speaks is sent home."""
-        with Sitting(BROKEN, [begun("openai", "x"), HANG], chair=plain("c"), options='on_partial = "fail"') as sitting:
-            response = sitting.ask()
-            self.assertEqual(
-                (502, "no_quorum", "failed"),
-                (response.status, response.json["error"]["code"], response.header("x-council")),
-            )
-            wait_for(lambda: closed_by_us(sitting, "beta"), "the end of beta's connection")
+        gate, options = threading.Event(), 'on_partial = "fail"'
+        with Sitting([gate, BROKEN], [begun("openai", "x"), HANG], chair=plain("c"), options=options) as sitting:
+            sitting.client.request("POST", CHAT, {"model": "council", "messages": MESSAGES})
+            sitting.await_asked("beta")
+            gate.set()
+            response = sitting.client.response()
+            self.assertEqual((502, "no_quorum"), (response.status, response.json["error"]["code"]))
+            self.assertEqual("failed", response.header("x-council"))
+            self.assertTrue(connection_of(sitting.targets["beta"]).closed.wait(10))
             self.assertEqual([], sitting.asked("chair"))
-            self.assertEqual(
-                ["server_error", "dismissed"], [each["status"] for each in response.json["portway"]["members"]]
-            )
+            statuses = [each["status"] for each in response.json["portway"]["members"]]
+            self.assertEqual(["server_error", "dismissed"], statuses)
 
     def test_no_quorum(self) -> None:
         """Too few answers are a 502 that tells what became of each; no error's text is ever an answer."""
@@ -514,13 +530,10 @@ def sse_of(text: str, reason: str) -> bytes:
     return sse_reply([delta(content=text), finish(reason)])
 
 
-def closed_by_us(sitting: Sitting, name: str) -> bool:
-    target = sitting.targets[name]
+def connection_of(target: Target) -> ScriptedConnection:
+    """The connection on which it was asked first."""
     number = target.asked[0].connection
-    return any(
-        target.connection(i).number == number and target.connection(i).closed.is_set()
-        for i in range(target.connections)
-    )
+    return next(found for found in map(target.connection, range(target.connections)) if found.number == number)
 
 
 class ClientGoneTest(unittest.TestCase):
@@ -531,10 +544,9 @@ class ClientGoneTest(unittest.TestCase):
         left = time.monotonic()
         client.close()
         for name in waiting:
-            target = sitting.targets[name]
-            index = target.asked[0].connection
-            numbers = [target.connection(i).number for i in range(target.connections)]
-            self.assertLess(target.wait_closed(numbers.index(index)) - left, 0.3)
+            connection = connection_of(sitting.targets[name])
+            self.assertTrue(connection.closed.wait(10))
+            self.assertLess(connection.closed_at - left, 0.3)
         wait_for(lambda: not member_threads(), "the members' threads to end")
 
     def test_while_members_answer(self) -> None:

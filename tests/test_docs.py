@@ -23,8 +23,11 @@ def section(title):
 class ReferenceTest(unittest.TestCase):
     def test_every_route(self):
         """Each route stands in the table with its method, and no other does."""
-        routes = {f"{method} {'' if path in ('/health', '/metrics') else '/v1'}{path}"
-                  for path, methods in proxy.ROUTES.items() for method in methods}
+        routes = {
+            f"{method} {'' if path in ('/health', '/metrics') else '/v1'}{path}"
+            for path, methods in proxy.ROUTES.items()
+            for method in methods
+        }
         self.assertEqual(routes, set(re.findall(r"^\| `((?:GET|POST) [^`]+)`", section("Routes"), re.MULTILINE)))
 
     def test_every_reason(self):
@@ -43,7 +46,9 @@ class ReferenceTest(unittest.TestCase):
 
     def test_every_warning(self):
         """Each word of X-Portway-Warning is listed."""
-        words = {word for text in SOURCE.values() for word in re.findall(r'append\("([a-z_]+(?:\([a-z_.]+\))?)"\)', text)}
+        words = {
+            word for text in SOURCE.values() for word in re.findall(r'append\("([a-z_]+(?:\([a-z_.]+\))?)"\)', text)
+        }
         listed = section("Warnings")
         self.assertGreater(len(words), 4)
         for word in words:
@@ -61,8 +66,12 @@ class ReferenceTest(unittest.TestCase):
         record = telemetry.Record(0.0, 0.0)
         fields = set(json.loads(telemetry.line(record, telemetry.Price())))
         table = section("The log").split("|---|---|\n")[1]
-        listed = {name for row in table.splitlines() if row.startswith("|")
-                  for name in re.findall(r"`([a-z_]+)`", row.split("|")[1])}
+        listed = {
+            name
+            for row in table.splitlines()
+            if row.startswith("|")
+            for name in re.findall(r"`([a-z_]+)`", row.split("|")[1])
+        }
         self.assertEqual(fields, listed)
 
     def test_every_phase(self):

@@ -66,7 +66,7 @@ class LadderTest(unittest.TestCase):
         self.assertTrue(all(budget <= 0.75 * memory * GIB for memory, budget in enumerate(budgets, 1)))
 
     def test_between_the_rungs(self):
-        """A machine between two rungs gets the lower one, and one that tells a little less than it was sold with, its own."""
+        """A machine between two rungs gets the lower one; one that tells a little less than it has, its own."""
         self.assertEqual(parsed(24).models.keys(), parsed(32).models.keys())
         self.assertEqual(
             [each.place.model for each in choose(24 * GIB, [])],
@@ -94,7 +94,7 @@ class PulledTest(unittest.TestCase):
         self.assertEqual(8192, models["think-9b"].num_ctx)
 
     def test_another_is_preferred(self):
-        """A model that is there takes the place of one that would have to be fetched, under a name that says its size."""
+        """A model that is there takes the place of one that would have to be fetched; its name says its size."""
         models = parsed(
             24, [found("mistral:7b", 4_400_000_000), found("nomic-embed-text", 274_000_000, {"embedding"})]
         ).models
@@ -120,9 +120,11 @@ class PulledTest(unittest.TestCase):
     def test_never_a_warning(self):
         """Whatever is there, on whatever machine: a valid configuration, no warning, no window beyond the model's."""
         chance = random.Random(4)
-        names = ["qwen3:8b", "llama3.1:8b", "gemma3:4b", "granite4:3b", "granite3.3:8b", "llama3.2:1b", "llama3.2:3b",
-                 "qwen3:4b", "gemma3:1b", "qwen3-coder:30b", "devstral:24b", "gpt-oss:20b", "phi4:14b", "my.model", "x/y:3b",
-                 "nomic-embed-text", "qwen3.5:4b", "qwen3.5:9b", "qwen3.5:27b", "llama3.3:70b", "deepseek-r1:8b"]  # fmt: skip
+        names = (
+            "qwen3:8b llama3.1:8b gemma3:4b granite4:3b granite3.3:8b llama3.2:1b llama3.2:3b qwen3:4b gemma3:1b my.model "
+            "qwen3-coder:30b devstral:24b gpt-oss:20b phi4:14b x/y:3b nomic-embed-text qwen3.5:4b qwen3.5:9b qwen3.5:27b "
+            "llama3.3:70b deepseek-r1:8b"
+        ).split()
         kinds = [{"completion"}, CHAT, {"completion", "thinking"}, {"embedding"}]
         for _ in range(300):
             there = [
@@ -151,7 +153,7 @@ class OllamaTest(unittest.TestCase):
         """What Ollama has is asked without loading anything; cloud models, which have no weights here, are left out."""
         models = [StandInModel("qwen3.5:9b", 6_600_000_000, ("completion", "thinking")), StandInModel("big:cloud", 400)]
         with StandIn(models) as standin:
-            there = first_config.pulled(standin.url)
+            there = first_config.pulled(standin.url) or []
             self.assertEqual(0, standin.memory.stats().loads)
         self.assertEqual(["qwen3.5:9b"], [model.name for model in there])
         self.assertEqual("qwen", there[0].family)
@@ -228,7 +230,7 @@ class CommandTest(unittest.TestCase):
 
     def test_output(self):
         """--output writes elsewhere; this machine's memory is what it is for if none is told."""
-        with mock.patch.object(first_config.os, "sysconf", {"SC_PHYS_PAGES": 4 * 1024**2, "SC_PAGE_SIZE": 4096}.get):
+        with mock.patch.object(os, "sysconf", {"SC_PHYS_PAGES": 4 * 1024**2, "SC_PAGE_SIZE": 4096}.get):
             status, out, _ = self.run_init("--output", str(self.home / "x" / "m.toml"))
         self.assertEqual(0, status)
         self.assertIn("memory        16.0 GB", out)

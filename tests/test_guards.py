@@ -31,7 +31,14 @@ class HostTest(unittest.TestCase):
 
     def test_foreign_names(self):
         """Any other name is refused: it may be an attacker's, rebound to this machine."""
-        for host in ("evil.example", "localhost.evil.example", "127.0.0.1.evil.example", "notlocalhost", ":11436", "evil"):
+        for host in (
+            "evil.example",
+            "localhost.evil.example",
+            "127.0.0.1.evil.example",
+            "notlocalhost",
+            ":11436",
+            "evil",
+        ):
             self.refused(host)
 
     def test_malformed_host(self):
@@ -117,7 +124,9 @@ class KeyTest(unittest.TestCase):
         served = guards('api_keys = ["sk-one"]')
         for value in ("Bearer sk-on", "Bearer sk-one1", "Basic sk-one", "sk-one", "Bearer", "Bearer \xff"):
             with self.assertRaises(ClientError) as caught:
-                served.check_key(head(Authorization=value.encode("latin-1").decode("latin-1")) if value.isascii() else head())
+                served.check_key(
+                    head(Authorization=value.encode("latin-1").decode("latin-1")) if value.isascii() else head()
+                )
             self.assertEqual((401, "invalid_api_key"), (caught.exception.status, caught.exception.code))
             self.assertNotIn("sk-one", caught.exception.message)
 

@@ -27,6 +27,12 @@ def output(command):
     return LSOF if command[0].endswith("lsof") else PS[command[-1]]
 
 
+def pid_at(host, port):
+    """The process that listens there."""
+    found = holder.who_listens(host, port)
+    return found.pid if found else None
+
+
 class LsofTest(unittest.TestCase):
     def test_address(self):
         """The listener that keeps us from our address is told, with its program and subcommand."""
@@ -42,9 +48,9 @@ class LsofTest(unittest.TestCase):
 
     def test_asks_for_listeners_only(self):
         """lsof resolves no names, which may hang, and shows no clients of the port."""
-        asked = []
-        holder.from_lsof("127.0.0.1", 8080, lambda command: asked.append(command) or "")
-        self.assertEqual(["/usr/sbin/lsof", "-nP", "-iTCP:8080", "-sTCP:LISTEN", "-F", "pcn"], asked[0])
+        ask = mock.Mock(return_value="")
+        holder.from_lsof("127.0.0.1", 8080, ask)
+        ask.assert_called_once_with(["/usr/sbin/lsof", "-nP", "-iTCP:8080", "-sTCP:LISTEN", "-F", "pcn"])
 
 
 class ProcTest(unittest.TestCase):
@@ -86,7 +92,7 @@ class HereTest(unittest.TestCase):
         with socket.create_server(("127.0.0.1", 0)) as listener:
             port = listener.getsockname()[1]
             for host in ("127.0.0.1", "0.0.0.0", "localhost"):
-                self.assertEqual(os.getpid(), holder.who_listens(host, port).pid)
+                self.assertEqual(os.getpid(), pid_at(host, port))
             self.assertIsNone(holder.who_listens("::1", port))
             self.assertIn(f"pid {os.getpid()} (", holder.describe("127.0.0.1", port))
         self.assertEqual("", holder.describe("127.0.0.1", port))
@@ -99,12 +105,12 @@ class HereTest(unittest.TestCase):
         except OSError as exc:
             self.skipTest(str(exc))
         with listener:
-            self.assertEqual(os.getpid(), holder.who_listens("127.0.0.1", listener.getsockname()[1]).pid)
+            self.assertEqual(os.getpid(), pid_at("127.0.0.1", listener.getsockname()[1]))
 
     def test_other_systems(self):
         """macOS is asked by lsof."""
         with mock.patch.object(sys, "platform", "darwin"), mock.patch.object(holder, "_output", output):
-            self.assertEqual(24901, holder.who_listens("127.0.0.1", 11434).pid)
+            self.assertEqual(24901, pid_at("127.0.0.1", 11434))
 
 
 class NameTest(unittest.TestCase):

@@ -56,7 +56,9 @@ class RouteTest(ProxyTestCase):
         """Each path answers under /v1 and without it."""
         for prefix in ("", "/v1"):
             self.assertEqual(200, self.client.call("POST", f"{prefix}/chat/completions", ASK).status)
-            self.assertEqual(200, self.client.call("POST", f"{prefix}/completions", {"model": "fast", "prompt": "a"}).status)
+            self.assertEqual(
+                200, self.client.call("POST", f"{prefix}/completions", {"model": "fast", "prompt": "a"}).status
+            )
             self.assertEqual(200, self.client.call("GET", f"{prefix}/models").status)
             self.assertEqual(200, self.client.call("GET", f"{prefix}/models/fast").status)
             self.assertEqual(200, self.client.call("GET", f"{prefix}/health").status)
@@ -64,8 +66,19 @@ class RouteTest(ProxyTestCase):
     def test_unknown_paths(self):
         """An unknown path is 404 in the envelope and names those that exist; nothing reaches the backend."""
         before = len(self.standin.requests)
-        for path in ("/", "/v1", "/v1/", "/v1/v1/models", "/api/tags", "/v1/chat/completions/", "/../v1/models",
-                     "//v1/models", "/v1//models", "/V1/models", "/v1/chat%2fcompletions"):
+        for path in (
+            "/",
+            "/v1",
+            "/v1/",
+            "/v1/v1/models",
+            "/api/tags",
+            "/v1/chat/completions/",
+            "/../v1/models",
+            "//v1/models",
+            "/v1//models",
+            "/V1/models",
+            "/v1/chat%2fcompletions",
+        ):
             response = self.client.call("GET", path)
             self.assertEqual(404, response.status, path)
             self.assertIn("/v1/chat/completions", self.error(response)["message"])
@@ -160,7 +173,8 @@ class RequestTest(ProxyTestCase):
     def test_expect_continue(self):
         """Expect: 100-continue is answered before the body is sent, and refused with the final status."""
         body = json.dumps(ASK).encode()
-        head = f"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nExpect: 100-continue\r\nContent-Length: {len(body)}\r\n\r\n"
+        fields = f"Host: localhost\r\nExpect: 100-continue\r\nContent-Length: {len(body)}"
+        head = f"POST /v1/chat/completions HTTP/1.1\r\n{fields}\r\n\r\n"
         self.client.send(head.encode())
         self.assertEqual(100, self.client.head().status)
         self.assertEqual(200, self.raw(body).status)
@@ -198,7 +212,10 @@ class RequestTest(ProxyTestCase):
     def test_pipelining_behind_a_model(self):
         """A request sent while the model answers is kept and answered next."""
         body = json.dumps(ASK).encode()
-        ask = b"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: %d\r\n\r\n%b" % (len(body), body)
+        ask = b"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: %d\r\n\r\n%b" % (
+            len(body),
+            body,
+        )
         self.client.send(ask + ask)
         self.assertEqual(["fast", "fast"], [self.client.response().json["model"] for _ in range(2)])
 
@@ -238,7 +255,10 @@ class RequestTest(ProxyTestCase):
 
     def test_a_request_that_does_not_come_in(self):
         """Half a head, or half a body, is 408 after its time, and no thread waits for it."""
-        for half in (b"GET /v1/mod", b"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: 9\r\n\r\n{"):
+        for half in (
+            b"GET /v1/mod",
+            b"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: 9\r\n\r\n{",
+        ):
             with self.daemon.client() as client:
                 client.send(half)
                 self.assertEqual(408, client.response().status)
@@ -378,7 +398,9 @@ class ReloadTest(unittest.TestCase):
 
         with StandIn() as standin, DaemonProcess(toml(standin.url)) as daemon, daemon.client() as client:
             daemon.configuration.write_text(toml(standin.url).replace("models.fast]", "models.new]"))
-            wait_for(lambda: client.call("GET", "/v1/models/new").status == 200, "the file's change", lambda: daemon.log)
+            wait_for(
+                lambda: client.call("GET", "/v1/models/new").status == 200, "the file's change", lambda: daemon.log
+            )
             daemon.configuration.write_text("[models.broken]\n")
             daemon.send(signal.SIGHUP)
             wait_for(lambda: client.call("GET", "/health").json["config"]["problem"], "the refusal", lambda: daemon.log)
@@ -417,7 +439,11 @@ class StopTest(unittest.TestCase):
             next(events)
             daemon.send(signal.SIGTERM)
             with daemon.client() as late:
-                wait_for(lambda: late.call("GET", "/v1/models").status == 503, "the refusal of new requests", lambda: daemon.log)
+                wait_for(
+                    lambda: late.call("GET", "/v1/models").status == 503,
+                    "the refusal of new requests",
+                    lambda: daemon.log,
+                )
             self.assertTrue(standin.wait_for(hangs))
             standin.release()
             self.assertEqual("[DONE]", [event.data for event in events][-1])

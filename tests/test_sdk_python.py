@@ -540,7 +540,7 @@ class FallbackTest(StandInCase):
     def test_who_answered(self) -> None:
         """When the next model answers, the SDK shows it in `model` and in the headers; the stream likewise."""
         for stream in (False, True):
-            self.standin.fail("qwen3.5:9b", "server_error")
+            self.standin.fail(ASKED, "server_error")
             raw = self.client.chat.completions.with_raw_response.create(model="first", messages=HELLO, stream=stream)
             self.assertEqual("second", raw.headers["x-served-by"])
             self.assertRegex(raw.headers["x-portway-attempts"], r"^first=server_error.*; second=ok$")
@@ -550,7 +550,7 @@ class FallbackTest(StandInCase):
 
     def test_honest_failure_on_request(self) -> None:
         """With X-Portway-Fallback: off the failure comes through."""
-        self.standin.fail("qwen3.5:9b", "server_error")
+        self.standin.fail(ASKED, "server_error")
         with self.assertRaises(openai.InternalServerError):
             self.client.chat.completions.create(
                 model="first", messages=HELLO, extra_headers={"X-Portway-Fallback": "off"}
@@ -597,7 +597,7 @@ class HeartbeatTest(unittest.TestCase):
         self.assertEqual(["stop"], streamed.finish_reasons)
 
     def test_after_events_with_an_id(self) -> None:
-        """Nor where a backend's events have ids, after which the SDK takes any blank line for an event: none goes on."""
+        """Nor where a backend's events have ids, after which the SDK takes any blank line for an event."""
         beaten = threading.Event()
         frames = [b"id: %d\ndata: %s\n\n" % (i, json.dumps(piece).encode()) for i, piece in enumerate(self.pieces())]
         script: list[Action] = [stream_head(), chunk(frames[0]), beaten, *map(chunk, frames[1:])]

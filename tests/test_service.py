@@ -79,9 +79,19 @@ FAILING = RUNNING.replace("state = running", "state = spawn scheduled").replace(
     "last terminating signal = Killed: 9", "last exit code = 78: EX_CONFIG"
 )  # fmt: skip
 ABSENT = Done(113, "", 'Bad request.\nCould not find service "io.github.portway" in domain for user gui: 501\n')
-SHOW = "LoadState=loaded\nActiveState=active\nSubState=running\nMainPID=4242\nNRestarts=0\nResult=success\nExecMainStatus=0\n"
-SHOW_FAILED = "LoadState=loaded\nActiveState=failed\nSubState=failed\nMainPID=0\nNRestarts=5\nResult=exit-code\nExecMainStatus=1\n"
-SHOW_ABSENT = "LoadState=not-found\nActiveState=inactive\nSubState=dead\nMainPID=0\nNRestarts=0\nResult=success\nExecMainStatus=0\n"
+
+
+def shown(load="loaded", active="active", pid=4242, restarts=0, result="success", status=0):
+    """What `systemctl --user show` prints."""
+    return (
+        f"LoadState={load}\nActiveState={active}\nSubState=any\nMainPID={pid}\nNRestarts={restarts}\n"
+        f"Result={result}\nExecMainStatus={status}\n"
+    )
+
+
+SHOW = shown()
+SHOW_FAILED = shown(active="failed", pid=0, restarts=5, result="exit-code", status=1)
+SHOW_ABSENT = shown(load="not-found", active="inactive", pid=0)
 
 
 class UnitTest(unittest.TestCase):
@@ -192,7 +202,7 @@ class ServiceTest(unittest.TestCase):
         self.home = Path(self.enterContext(tempfile.TemporaryDirectory()))
         self.environ = {"HOME": str(self.home)}
         self.now = 0.0
-        self.answer = __version__
+        self.answer: str | None = __version__
 
     def system(self, platform, answers):
         self.manager = Manager(answers)

@@ -332,11 +332,13 @@ class Streams(TransportCase):
 
     def test_settle_is_no_matter_of_the_clients(self):
         """It has all that it needs and may hang up: the connection is kept nevertheless."""
-        _, pool = self.serve([stream_head() + chunk(b"1"), LAST_CHUNK])
+        later = threading.Event()
+        _, pool = self.serve([stream_head() + chunk(b"1"), later, LAST_CHUNK])
         client = Client(self)
         reply = self.open(pool, watch=client.watch)
         reply.read()
         client.leave()
+        threading.Timer(SHORT, later.set).start()
         reply.settle(LONG)
         reply.close()
         self.assertEqual(1, self.idle(pool))
@@ -541,7 +543,7 @@ class Connecting(TransportCase):
     def test_each_address_has_its_share_of_the_time(self):
         """Of three a third, of the last two a half; in vain, the first one's error is told."""
         port = ("127.0.0.1", 80)
-        errors = [BackendError("connect_timeout", "first"), BackendError("connect_failed", "then")] * 2
+        errors = [BackendError("connect_timeout", "first"), *[BackendError("connect_failed", "then")] * 2]
         with (
             mock.patch("socket.getaddrinfo", return_value=[(socket.AF_INET, socket.SOCK_STREAM, 6, "", port)] * 3),
             mock.patch.object(transport._Dialer, "_open", side_effect=errors) as opened,

@@ -1,0 +1,284 @@
+"""Identical requests at the same time, through the daemon: one generation, an answer for each."""
+
+from __future__ import annotations
+
+import os
+import threading
+import unittest
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+from portway import cache_file
+from tests.cached import BROKEN, CachedCase, chat, choice, configured, facts_of, streamed, text_of, verdict
+from tests.daemon import Daemon
+from tests.doubles import LAST_CHUNK, Action, RawClient, chunk, json_reply, sse_body, stream_head
+from tests.llama_server import wait_for
+from tests.targets import CHAT, Target, chain, delta, finish
+
+
+class FlightCase(CachedCase):
+    """Requests for the same at the same time. The stand-in hangs until it is released."""
+
+    SERVER = "[server]\nheartbeat = 0.05\n"
+
+    @contextmanager
+    def together(self, bodies: Iterable[Mapping[str, Any]], **headers: str) -> Iterator[list[RawClient]]:
+        """Clients that have all sent their requests: the first one's hangs at the backend, the others wait for it."""
+        named = {name.replace("_", "-"): value for name, value in headers.items()}
+        with ExitStack() as stack:
+            clients: list[RawClient] = []
+            for body in bodies:
+                client = stack.enter_context(self.daemon.client())
+                client.request("POST", CHAT, body, named)
+                clients.append(client)
+                if len(clients) == 1:
+                    self.await_phase("hang")
+            wait_for(lambda: self.daemon.sharing == len(clients) - 1, "the others' waiting")
+            yield clients
+
+
+class AtOnce(FlightCase):
+    def test_fifty_at_once_ask_once(self) -> None:
+        """Plain, streamed and mixed; each gets the same text, under an id of its own."""
+        for number, kind in enumerate(("plain", "streamed", "mixed")):
+            with self.subTest(kind):
+                self.backend.fail("/api/chat", "hang")
+                before = self.asked
+                forms = [kind == "streamed" or (kind == "mixed" and bool(place % 2)) for place in range(50)]
+                bodies = [chat("three", stream=form, seed=number) for form in forms]
+                with self.together(bodies) as clients:
+                    self.backend.release()
+                    answers = [client.response() for client in clients]
+                self.assertEqual(before + 1, self.asked)
+                self.assertEqual(1, len({text_of(answer) for answer in answers}))
+                ids = {
+                    streamed(answer.body)[0]["id"] if form else answer.json["id"]
+                    for form, answer in zip(forms, answers, strict=True)
+                }
+                self.assertEqual(50, len(ids))
+                self.assertEqual((200, "HIT"), verdict(self.post(bodies[0])))
+
+    def test_who_waited_is_told_so(self) -> None:
+        """An answer that no model had to work for is a HIT, of age 0."""
+        self.backend.fail("/api/chat", "hang")
+        with self.together([chat("three")] * 2) as clients:
+            self.backend.release()
+            answers = [client.response() for client in clients]
+        told = [(answer.header("x-cache"), answer.header("age")) for answer in answers]
+        self.assertEqual([("MISS", None), ("HIT", "0")], told)
+
+    def test_heartbeats_reach_who_waits(self) -> None:
+        """A streaming client hears that somebody is there, and then from the stream itself who answers."""
+        self.backend.fail("/api/chat", "hang")
+        with self.together([chat("three", stream=True)] * 3) as clients:
+            streams = [client.events(client.head()) for client in clients]
+            self.assertEqual(["portway"] * 3, [next(stream).comment for stream in streams])
+            self.backend.release()
+            firsts = [next(event.json for event in stream if event.data) for stream in streams]
+        facts = [{"served_by": "three", "cache": verdict} for verdict in ("MISS", "HIT", "HIT")]
+        self.assertEqual(facts, [first["portway"] for first in firsts])
+
+    def test_a_demoted_answer_is_shared_but_not_kept(self) -> None:
+        """Who waits gets what the first one got, with the truth about it; later the model itself is asked again."""
+        self.backend.fail("/api/chat", BROKEN)
+        self.backend.fail("/api/chat", "hang")
+        with self.together([chat(), chat(), chat(stream=True)]) as clients:
+            self.backend.release()
+            told = [facts_of(client.response()) for client in clients]
+        self.assertEqual([("three", "MISS"), ("three", "HIT"), ("three", "HIT")], [each[:2] for each in told])
+        self.assertEqual(1, len({attempts for _, _, attempts in told}))
+        self.assertRegex(told[0][2], r"^nine=server_error\(.*\); three=ok$")
+        self.assertEqual(("nine", "MISS", ""), facts_of(self.post(chat())))
+
+    def test_without_fallback_nobody_gets_a_demoted_answer(self) -> None:
+        """X-Portway-Fallback: off does not wait for a request that may fall back."""
+        self.backend.fail("/api/chat", BROKEN)
+        self.backend.fail("/api/chat", "hang")
+        with self.together([chat()]) as (lenient,):
+            strict = self.post(chat(), X_Portway_Fallback="off")
+            self.assertEqual(("nine", "MISS", ""), facts_of(strict))
+            self.backend.release()
+            self.assertEqual("three", lenient.response().header("x-served-by"))
+
+    def test_too_many_for_one_flight(self) -> None:
+        """Who comes beyond the bound is answered by itself."""
+        self.backend.fail("/api/chat", "hang", 2)
+        bodies = [chat("three")] * 130
+        with ExitStack() as stack:
+            clients = [stack.enter_context(self.daemon.client()) for _ in bodies]
+            for client, body in zip(clients, bodies, strict=True):
+                client.request("POST", CHAT, body)
+            wait_for(lambda: self.daemon.sharing == 128, "a full flight")
+            self.assertTrue(self.backend.wait_for(lambda _: self.in_phase("hang") == 2))
+            self.backend.release()
+            self.assertEqual({200}, {client.response().status for client in clients})
+        self.assertEqual(2, self.asked)
+
+    def test_nothing_leaks(self) -> None:
+        """After ten storms no request is under way, no flight is left, and no more descriptors are open than before."""
+        toml = configured(self.backend.url)
+        self.daemon.use(toml.replace('kind = "ollama"', 'kind = "ollama"\nmax_idle = 0'))
+        self.post(chat("three"))
+        before = len(os.listdir("/dev/fd"))
+        for number in range(10):
+            self.backend.fail("/api/chat", "hang")
+            with self.together([chat("three", stream=bool(place % 2), seed=number) for place in range(9)]) as clients:
+                for client in clients[::3]:
+                    client.close()
+                wait_for(lambda: self.daemon.sharing == 6, "their leaving")
+                self.backend.release()
+                kept = [client for place, client in enumerate(clients) if place % 3]
+                self.assertEqual({200}, {client.response().status for client in kept})
+        wait_for(lambda: len(os.listdir("/dev/fd")) <= before + cache_file.IDLE_READERS, "their being closed")
+        self.assertEqual(0, self.daemon.flights)
+        self.assertEqual(1, self.client.call("GET", "/health").json["in_flight"])
+
+
+class Leaving(FlightCase):
+    """What becomes of a flight when its members go, or fail."""
+
+    def hang(self, kind: str = "hang") -> None:
+        self.backend.fail("/api/chat", kind)
+
+    def test_the_first_ones_leaving_does_not_cancel_the_others(self) -> None:
+        """Before the answer or in the middle of it, plain or streamed: it goes on, once, and is kept."""
+        for number, (kind, stream) in enumerate(
+            [("hang", False), ("hang", True), ("hang_mid_stream", False), ("hang_mid_stream", True)]
+        ):
+            with self.subTest(kind, stream=stream):
+                self.hang(kind)
+                before = self.asked
+                body = chat("three", stream=stream, seed=number)
+                with self.together([body, body, {**body, "stream": not stream}]) as clients:
+                    if stream and kind == "hang_mid_stream":
+                        events = clients[0].events(clients[0].head())
+                        next(event for event in events if event.data)
+                    clients[0].close()
+                    self.backend.release()
+                    answers = [client.response() for client in clients[1:]]
+                self.assertEqual([(200, "HIT")] * 2, [(each.status, facts_of(each)[1]) for each in answers])
+                self.assertEqual(1, len({text_of(answer) for answer in answers}))
+                self.assertEqual((200, "HIT"), verdict(self.post(body)))
+                self.assertEqual(before + 1, self.asked)
+
+    def test_when_all_have_left_the_generation_stops(self) -> None:
+        """The last one's leaving reaches the backend, whether the first one left before or after it."""
+        for number, order in enumerate(((0, 1, 2), (2, 1, 0))):
+            with self.subTest(order):
+                self.hang("hang_mid_stream")
+                bodies = [chat("three", stream=bool(place % 2), seed=number) for place in range(3)]
+                with self.together(bodies) as clients:
+                    for place in order:
+                        self.assertEqual(number, self.left)
+                        clients[place].close()
+                        waiting = sum(client.sock.fileno() >= 0 for client in clients[1:])
+                        wait_for(lambda: self.daemon.sharing == waiting, "its leaving")  # noqa: B023
+                    self.assertTrue(self.backend.wait_for(lambda _: self.left == number + 1))  # noqa: B023
+                wait_for(lambda: self.daemon.flights == 0, "the flight's end")
+                self.assertEqual("MISS", self.post(bodies[0]).header("x-cache"))
+
+    def test_a_client_that_does_not_read_keeps_nobody_waiting_for_ever(self) -> None:
+        """The first one's connection is full: it is given up, and the others get the whole answer."""
+        gate = threading.Event()
+        texts = ["x" * 1_000_000] * 7
+        events = sse_body([delta(role="assistant"), *(delta(content=text) for text in texts), finish()])
+        reply: list[Action] = [gate, stream_head(), *map(chunk, events), LAST_CHUNK]
+        server = "[server]\nwrite_timeout = 1\n"
+        with ExitStack() as stack:
+            target = stack.enter_context(Target(reply))
+            toml = chain(target.url, models={"first": 'cache = "1h"\n'}, rest=server)
+            daemon = stack.enter_context(Daemon(toml, cache=self.cache))
+            clients = [stack.enter_context(daemon.client()) for _ in range(2)]
+            clients[0].request("POST", CHAT, chat("first", stream=True))
+            target.wait_requests(1)
+            wait_for(lambda: len(target.asked) == 1, "the first one")
+            clients[1].request("POST", CHAT, chat("first"))
+            wait_for(lambda: daemon.sharing == 1, "the second one's waiting")
+            gate.set()
+            answer = clients[1].response()
+            self.assertEqual((200, "HIT"), verdict(answer))
+            self.assertEqual("".join(texts), text_of(answer))
+
+
+class Failing(CachedCase):
+    """A flight whose leader's backend fails. The backends are scripted, so that they fail when a test says so."""
+
+    @contextmanager
+    def together(self, target: Target, forms: Iterable[bool]) -> Iterator[list[RawClient]]:
+        toml = chain(target.url, models={"first": 'cache = "1h"\n'}, rest="[cooldown]\nfailures = 1000\n")
+        with ExitStack() as stack:
+            daemon = stack.enter_context(Daemon(toml, cache=self.cache))
+            clients: list[RawClient] = []
+            for form in forms:
+                client = stack.enter_context(daemon.client())
+                client.request("POST", CHAT, chat("first", stream=form))
+                clients.append(client)
+                wait_for(lambda: len(target.asked) + daemon.sharing == len(clients), "its place")
+            yield clients
+
+    def test_one_takes_over(self) -> None:
+        """The first one fails, one of the others asks again, and all of these get its answer."""
+        gate, again = threading.Event(), threading.Event()
+        error = json_reply({"error": {"message": "no"}}, 500)
+        with Target([gate, error], [again, json_reply({"choices": [choice()]})]) as target:
+            with self.together(target, [False] * 10) as clients:
+                gate.set()
+                wait_for(lambda: len(target.asked) == 2, "the second try")
+                self.assertEqual(502, clients[0].response().status)
+                again.set()
+                answers = [client.response() for client in clients[1:]]
+            self.assertEqual([200] * 9, [answer.status for answer in answers])
+            self.assertEqual(8, sum(answer.header("x-cache") == "HIT" for answer in answers))
+            self.assertEqual(2, len(target.asked))
+
+    def test_a_second_failure_is_everybodys(self) -> None:
+        """A backend that is down is asked twice, and everybody is told all about it, streaming or not."""
+        gate = threading.Event()
+        error = json_reply({"error": {"message": "no"}}, 500)
+        with Target([gate, error], then=error) as target:
+            with self.together(target, [False, True] * 5) as clients:
+                gate.set()
+                answers = [client.response() for client in clients]
+            self.assertEqual(2, len(target.asked))
+            for answer in answers:
+                self.assertEqual((502, "server_error"), (answer.status, answer.json["error"]["code"]))
+                self.assertTrue((answer.header("x-portway-attempts") or "").startswith("first=server_error("))
+                self.assertEqual("false", answer.header("x-should-retry"))
+
+    def test_a_stream_that_breaks_for_its_client_is_begun_again_for_the_others(self) -> None:
+        """What the first one got can't be taken back; who waited has got nothing yet and need not see it."""
+        gate, more = threading.Event(), threading.Event()
+        broken: list[Action] = [
+            gate,
+            stream_head(),
+            *map(chunk, sse_body([delta(content="Hel")], done=False)),
+            more,
+            LAST_CHUNK,
+        ]
+        good = [stream_head(), *map(chunk, sse_body([delta(content="Hello."), finish()])), LAST_CHUNK]
+        with Target(broken, good) as target, self.together(target, [True] * 3) as clients:
+            gate.set()
+            events = clients[0].events(clients[0].head())
+            self.assertEqual("Hel", next(events).json["choices"][0]["delta"]["content"])
+            more.set()
+            self.assertIn("error", [event.json for event in events][-1])
+            answers = [client.response() for client in clients[1:]]
+            self.assertEqual([200, 200], [answer.status for answer in answers])
+            self.assertEqual({"Hello."}, {text_of(answer) for answer in answers})
+
+    def test_what_is_too_long_to_be_shared(self) -> None:
+        """Then everybody asks for himself, at once."""
+        gate = threading.Event()
+        events = sse_body([delta(content="x" * 5_000_000), delta(content="y" * 5_000_000), finish()])
+        long: list[Action] = [gate, stream_head(), *map(chunk, events), LAST_CHUNK]
+        short = [stream_head(), *map(chunk, sse_body([delta(content="Hello."), finish()])), LAST_CHUNK]
+        with Target(long, then=short) as target, self.together(target, [True] * 3) as clients:
+            gate.set()
+            answers = [client.response() for client in clients]
+            self.assertEqual([10_000_000, 6, 6], [len(text_of(answer)) for answer in answers])
+            self.assertEqual(3, len(target.asked))
+
+
+if __name__ == "__main__":
+    unittest.main()
