@@ -392,6 +392,8 @@ class Residency:
             raise BackendError("unsupported", f"backend {model.backend.name} can't be told to unload a model")
         self._look(model.backend.name, seat.engine, watch)
         with self._lock:
+            if problem := self._hearing[model.backend.name].problem:
+                raise BackendError("unsupported", f"nothing can be unloaded at backend {model.backend.name}: {problem}")
             resident = self._ledger.residents.get(self._seats[model.name].runner)
             if resident is None:
                 return False

@@ -15,7 +15,7 @@ import os
 import re
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime
 from typing import TYPE_CHECKING, Any, Protocol
 from urllib.parse import quote
@@ -51,6 +51,7 @@ class Known:
     per_token: float | None = None
     trained: int | None = None
     window: int | None = None  # tokens, of a server that decides it itself
+    capabilities: frozenset[str] | None = None
 
 
 class Engine(Protocol):
@@ -214,12 +215,12 @@ class OllamaEngine:
 
     def load(self, model: Model, watch: Watch, until: float) -> None:
         """See Engine.load."""
-        path, body = _empty_call(model)
+        path, body = _empty_call(model, self.known(model))
         self._server.ask("POST", path, watch, body=body, until=until)
 
     def keep(self, model: Model, watch: Watch) -> None:
         """See Engine.keep."""
-        path, body = _empty_call(model)
+        path, body = _empty_call(model, self.known(model))
         self._server.ask("POST", path, watch, body=body)
 
     def forget(self) -> None:
@@ -260,7 +261,11 @@ class OllamaEngine:
         info = info if isinstance(info, dict) else {}
         blob = re.search(r"^FROM .*(sha256[-:][0-9a-f]{64})\s*$", str(shown.get("modelfile")), re.MULTILINE)
         trained = _count(info.get(f"{info.get('general.architecture')}.context_length"))
-        return Known(blob[1] if blob else name, True, size, per_token(info), trained)
+        said = shown.get("capabilities")
+        capabilities = frozenset(map(str, said)) if isinstance(said, list) else None
+        return Known(
+            blob[1] if blob else name, True, size, per_token(info), trained, capabilities=capabilities
+        )
 
     def _seen(self, entry: Mapping[str, Any], watch: Watch) -> Seen:
         name = full_name(str(entry.get("name")))
@@ -274,8 +279,10 @@ class OllamaEngine:
         )
 
 
-def _empty_call(model: Model) -> tuple[str, dict[str, Any]]:
+def _empty_call(model: Model, known: Known) -> tuple[str, dict[str, Any]]:
     """(path, body) of a request that only loads. Made from a real one, so that it asks for the very same runner."""
+    if model.capabilities is None:
+        model = replace(model, capabilities=known.capabilities)
     if model.capabilities is not None and "completion" not in model.capabilities:
         body, _ = embed_request({"input": "-"}, model)
         return "/api/embed", {**body, "input": []}

@@ -42,33 +42,33 @@ KEEP_ALIVE_MARGIN = 1.0  # seconds before the end of `Keep-Alive: timeout=5` at 
 class Patience:
     """How long one attempt may keep its reader waiting, and what it is called when it does not.
 
-    Before the first content: `first_token` from the start, and `answer_by`. After it (`content()`
-    says so): `idle` since the last piece, and the deadline. `plain` is for an answer that comes in
+    Before the first content: `first_token` from the start, and `answer_by`. After it: `idle` since the
+    last content (`content()` says so each time; a server's pings are none), and the deadline. `plain` is for an answer that comes in
     one piece, of which nothing can be known but whether it came by `answer_by`.
     """
 
-    __slots__ = ("_limits", "_plain", "_seen_content", "_started")
+    __slots__ = ("_heard", "_limits", "_plain", "_started")
 
     def __init__(self, limits: Limits, *, plain: bool = False) -> None:
         self._limits = limits
         self._plain = plain
         self._started = time.monotonic()
-        self._seen_content = False
+        self._heard: float | None = None  # when the last content came
 
     def content(self) -> None:
-        """The first content is in."""
-        self._seen_content = True
+        """Content is in."""
+        self._heard = time.monotonic()
 
     def last_call(self, until: float) -> None:
         """Nothing more is needed; wait until then at most."""
         self._limits = replace(self._limits, deadline=min(until, self._limits.deadline))
-        self._seen_content = True
+        self._heard = time.monotonic()
 
     def until(self) -> float:
         """When the present wait must end, as time.monotonic() counts."""
         limits = self._limits
-        if self._seen_content:
-            return min(time.monotonic() + limits.idle, limits.deadline)
+        if self._heard is not None:
+            return min(self._heard + limits.idle, limits.deadline)
         if self._plain:
             return limits.answer_by
         return min(self._started + limits.first_token, limits.answer_by)
@@ -77,7 +77,7 @@ class Patience:
         """The error for the limit that has passed."""
         limits = self._limits
         waited = time.monotonic() - self._started
-        if not self._seen_content:
+        if self._heard is None:
             reason = "answer_timeout" if self._plain else "first_token_timeout"
             return BackendError(reason, f"no answer within {waited:.1f} s")
         if time.monotonic() >= limits.deadline:

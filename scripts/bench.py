@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""The benchmark: what Portway adds to a request. `bench.py --help` says what can be asked; the parts are in benchmark/."""
+"""The benchmark: what Portway adds to a request. `bench.py --help` says what can be asked; its parts: benchmark/."""
 
 from __future__ import annotations
 

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import shutil
 import socket
 import subprocess
@@ -21,13 +22,14 @@ import sys
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 ROOT = Path(__file__).resolve().parent.parent
 BASELINE = Path(__file__).with_name("counts.json")
 CHILD = Path(__file__).with_name("counts_child.py")
 TOLERANCE = 0.10
-SLACK = {"syscalls": 1.0, "instructions": 50.0, "kept_blocks": 1.0, "peak_bytes": 4096.0}  # where 10% is next to nothing
+# where 10% is next to nothing
+SLACK = {"syscalls": 1.0, "instructions": 50.0, "kept_blocks": 1.0, "peak_bytes": 65_536.0}
 WARM_UP = 30  # requests before the count begins
 REQUESTS = 200
 VERSION = f"{sys.version_info.major}.{sys.version_info.minor}"
@@ -73,7 +75,7 @@ def grown(found: dict[str, dict[str, float]], before: dict[str, dict[str, float]
         for name, count in counts.items():
             was = before.get(case, {}).get(name)
             if was is not None and count > was * (1 + TOLERANCE) and count > was + SLACK[name]:
-                lines.append(f"{case}: {name} {count:.1f}, {count / was - 1:+.0%} of {was:.1f}" if was else f"{case}: {name} {count:.1f}")
+                lines.append(f"{case}: {name} has grown from {was:.1f} to {count:.1f}")
     return lines
 
 
@@ -89,22 +91,22 @@ def _all_counts(case: str) -> dict[str, float]:
 
 def counted(what: str, case: str) -> dict[str, Any]:
     """The counts of `what` (instructions, memory, syscalls) per request of `case`."""
-    with tempfile.TemporaryDirectory(prefix="portway-counts-") as folder:
-        command = [sys.executable, str(CHILD)]
-        with _Child([*command, "upstream", folder, "0"]) as upstream:
-            port = json.loads(_line(upstream))
-            with _Child([*command, what, folder, str(port)]) as daemon:
-                return _count(what, case, daemon, Path(folder))
+    with (
+        tempfile.TemporaryDirectory(prefix="portway-counts-") as folder,
+        Child("upstream", folder, "0") as upstream,
+        Child(what, folder, str(upstream.says())) as daemon,
+    ):
+        return _count(what, case, daemon, Path(folder))
 
 
-def _count(what: str, case: str, daemon: subprocess.Popen[str], folder: Path) -> dict[str, Any]:
-    with socket.create_connection(("127.0.0.1", json.loads(_line(daemon))), 10) as client:
+def _count(what: str, case: str, daemon: Child, folder: Path) -> dict[str, Any]:
+    with socket.create_connection(("127.0.0.1", daemon.says()), 10) as client:
         _ask(client, case, range(WARM_UP))
-        _tell(daemon, "begin")
+        daemon.tell("begin")
         if what == "syscalls":
             return {"syscalls": _traced(client, case, daemon.pid, folder / "strace")}
         _ask(client, case, range(WARM_UP, WARM_UP + REQUESTS))
-        result: dict[str, Any] = json.loads(_tell(daemon, f"end {REQUESTS}"))
+        result: dict[str, Any] = daemon.tell(f"end {REQUESTS}")
         return result
 
 
@@ -112,13 +114,13 @@ def _traced(client: socket.socket, case: str, pid: int, out: Path) -> float:
     """System calls per request, but for those by which threads wait and wake each other: these vary with the
     machine, and a wait of ours shows in the others."""
     command = ["strace", "-f", "-c", "-o", str(out), "-p", str(pid)]
-    tracer = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
-    assert tracer.stderr is not None
-    tracer.stderr.readline()  # "Process N attached with M threads"
-    _ask(client, case, range(WARM_UP, WARM_UP + REQUESTS))
-    tracer.terminate()
-    tracer.wait(30)
-    tracer.stderr.close()
+    attached, said = os.pipe()
+    with subprocess.Popen(command, stderr=said) as tracer:
+        os.read(attached, 256)  # "Process N attached with M threads"
+        _ask(client, case, range(WARM_UP, WARM_UP + REQUESTS))
+        tracer.terminate()
+    os.close(attached)
+    os.close(said)
     rows = [line.split() for line in out.read_text().splitlines()]
     calls = {row[-1]: int(row[3]) for row in rows if len(row) >= 5 and row[3].isdigit()}
     waits = ("total", "futex", "clock_nanosleep", "restart_syscall")
@@ -153,15 +155,15 @@ def _read_answer(client: socket.socket) -> None:
             return
 
 
+class Child:
+    """A process of counts_child.py, which ends with its stdin."""
 
-class _Child:
-    """A process that ends with its stdin."""
+    def __init__(self, *words: str) -> None:
+        command = [sys.executable, str(CHILD), *words]
+        self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
 
-    def __init__(self, command: list[str]) -> None:
-        self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=ROOT)
-
-    def __enter__(self) -> subprocess.Popen[str]:
-        return self._process
+    def __enter__(self) -> Self:
+        return self
 
     def __exit__(self, *_: object) -> None:
         try:
@@ -170,20 +172,24 @@ class _Child:
             self._process.kill()
             self._process.communicate()
 
+    @property
+    def pid(self) -> int:
+        """Its number."""
+        return self._process.pid
 
-def _line(process: subprocess.Popen[str]) -> str:
-    assert process.stdout is not None
-    line = process.stdout.readline()
-    if not line:
-        raise RuntimeError(f"a process ended: {process.args!r}")
-    return line
+    def says(self) -> Any:
+        """The next line of its output, which is JSON."""
+        line = self._process.stdout.readline() if self._process.stdout else ""
+        if not line:
+            raise RuntimeError(f"a process ended: {self._process.args!r}")
+        return json.loads(line)
 
-
-def _tell(process: subprocess.Popen[str], words: str) -> str:
-    assert process.stdin is not None
-    process.stdin.write(words + "\n")
-    process.stdin.flush()
-    return _line(process)
+    def tell(self, words: str) -> Any:
+        """What it says to that."""
+        if self._process.stdin:
+            self._process.stdin.write(words + "\n")
+            self._process.stdin.flush()
+        return self.says()
 
 
 def _read(argv: Sequence[str]) -> argparse.Namespace:

@@ -14,6 +14,7 @@ import threading
 import time
 import tracemalloc
 from collections import Counter
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from socketserver import StreamRequestHandler, ThreadingTCPServer
 from types import CodeType, FrameType
@@ -61,7 +62,7 @@ def main(what: str, folder: str, port: str) -> None:
         if words[0] == "begin":
             time.sleep(SETTLE)
             counter.begin()
-            print("begun", flush=True)
+            print("true", flush=True)
         else:
             time.sleep(SETTLE)
             print(json.dumps(counter.end(int(words[1]))), flush=True)
@@ -90,8 +91,13 @@ def start_daemon(folder: str, port: int) -> Any:
 class Counts(Protocol):
     """Counts from `begin` to `end`, which tells them per request."""
 
-    def begin(self) -> None: ...
-    def end(self, requests: int) -> dict[str, Any]: ...
+    def begin(self) -> None:
+        """The warm-up is over."""
+        ...
+
+    def end(self, requests: int) -> dict[str, Any]:
+        """So many requests were made since."""
+        ...
 
 
 class Instructions:
@@ -105,6 +111,7 @@ class Instructions:
             threading.settrace(self._trace)
 
     def begin(self) -> None:
+        """See Counts."""
         self._counting = True
         if sys.version_info >= (3, 12):
             monitoring = sys.monitoring
@@ -113,6 +120,7 @@ class Instructions:
             monitoring.set_events(monitoring.PROFILER_ID, monitoring.events.INSTRUCTION)
 
     def end(self, requests: int) -> dict[str, Any]:
+        """See Counts; and in which functions they were."""
         self._counting = False
         if sys.version_info >= (3, 12):
             sys.monitoring.set_events(sys.monitoring.PROFILER_ID, 0)
@@ -142,12 +150,14 @@ class Memory:
         self._before = 0
 
     def begin(self) -> None:
+        """See Counts."""
         gc.collect()
         self._blocks = sys.getallocatedblocks()
         tracemalloc.start()
         self._before = tracemalloc.get_traced_memory()[0]
 
     def end(self, requests: int) -> dict[str, Any]:
+        """See Counts."""
         peak = tracemalloc.get_traced_memory()[1] - self._before
         tracemalloc.stop()
         gc.collect()
@@ -166,7 +176,7 @@ class Nothing:
         return {"requests": requests}
 
 
-COUNTERS = {"instructions": Instructions, "memory": Memory, "syscalls": Nothing}
+COUNTERS: Mapping[str, Callable[[], Counts]] = {"instructions": Instructions, "memory": Memory, "syscalls": Nothing}
 
 
 # --- the upstream ---------------------------------------------------------------------------------
@@ -176,6 +186,7 @@ class Upstream(StreamRequestHandler):
     """Answers each request on a connection in one write, by its path and by whether it asks for a stream."""
 
     def handle(self) -> None:
+        """Until the connection ends."""
         while line := self.rfile.readline():
             length = 0
             while (field := self.rfile.readline()) not in (b"\r\n", b""):

@@ -59,7 +59,7 @@ SIMULATED = {
     "two": (StandInModel("qwen3-coder:30b", 18_600_000_000), StandInModel("gpt-oss:20b", 13_800_000_000)),
 }
 SIMULATED_BUDGET = 20_000_000_000
-QUICK = "min_stay = 0.3\npatience = 0.6\ncheck = 1"  # loads take 0.15 s here, and no minute
+QUICK = "min_stay = 1\npatience = 2\ncheck = 1"  # a load takes 0.15 s here, and no minute
 SIMULATED_CONFIG = """
 [memory]
 {memory}

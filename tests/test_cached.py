@@ -146,10 +146,10 @@ def shape_of_stream(events: list[Any]) -> dict[str, Any]:
     """The same of a stream's chunks."""
     said: dict[str, str] = {}
     for event in events[:-1]:
-        for choice in event["choices"]:
-            for key, value in choice["delta"].items():
+        for part in event["choices"]:
+            for key, value in part["delta"].items():
                 said[key] = value if key == "role" else said.get(key, "") + (value or "")
-    finishes = [choice["finish_reason"] for event in events[:-1] for choice in event["choices"]]
+    finishes = [part["finish_reason"] for event in events[:-1] for part in event["choices"]]
     return {"said": said, "finish": next(filter(None, finishes)), "usage": events[-2].get("usage")}
 
 

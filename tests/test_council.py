@@ -7,6 +7,7 @@ import os
 import threading
 import time
 import unittest
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from typing import Any, ClassVar, Self
@@ -178,7 +179,7 @@ class PlainTest(unittest.TestCase):
 
     def test_what_the_chairman_reads(self) -> None:
         """It reads both answers under their letters behind the question, without thinking and without names."""
-        mine = said("<think>hm, as Qwen</think>", "As Qwen, I say one.")
+        mine = said("hm, as Qwen</think>", "As Qwen, I say one.")  # the chat template had opened the tag
         models = {"alpha": 'family = "qwen"\n', "beta": 'family = "llama"\n'}
         with Sitting(mine, said("I am Llama 3.2. Two, physical-alpha."), chair=plain("c"), models=models) as sitting:
             told = sitting.ask().json["portway"]
@@ -480,6 +481,13 @@ class PartialTest(unittest.TestCase):
             response = sitting.ask()
         self.assertEqual((400, "context_length_exceeded"), (response.status, response.json["error"]["code"]))
 
+    def test_nobody_could_serve_it(self) -> None:
+        """A message that can't be read is the client's own mistake, with its place, whoever would be asked."""
+        with Target() as target, Daemon(ollama(target.url, target.url)) as daemon, daemon.client() as client:
+            response = ask(client, "council", messages=[{"role": "user", "content": 5}])
+        self.assertEqual((400, "messages[0].content"), (response.status, response.json["error"]["param"]))
+        self.assertNotIn("portway", response.json)
+
     def test_chairmans_chain(self) -> None:
         """A chairman that fails is followed by the next in its chain, and that is told."""
         with Sitting(said("a"), said("b"), chair=BROKEN, spare=plain("from spare")) as sitting:
@@ -495,6 +503,15 @@ class PartialTest(unittest.TestCase):
             response = sitting.ask(headers={"X-Portway-Fallback": "off"})
             self.assertEqual([], sitting.asked("spare"))
         self.assertEqual("council(alpha)", response.header("x-served-by"))
+
+    def test_no_fallback_further_down(self) -> None:
+        """It also holds for a council within a council."""
+        inner = '[models.inner]\nkind = "council"\nmembers = ["alpha", "alpha"]\nchairman = "chair"\n'
+        options = f'members = ["inner", "inner"]\n{inner}'
+        with Sitting(said("a"), chair=BROKEN, spare=said("from spare"), options=options) as sitting:
+            response = sitting.ask(headers={"X-Portway-Fallback": "off"})
+            self.assertEqual([], sitting.asked("spare"))
+        self.assertEqual(200, response.status)
 
     def test_a_member_in_the_chairmans_place(self) -> None:
         """Without any chairman a member's answer is sent, and says plainly what it is."""
@@ -572,7 +589,11 @@ class ClientGoneTest(unittest.TestCase):
     def test_nothing_is_left(self) -> None:
         """After many councils, whole, failed and cancelled, there are no more threads and sockets than before."""
         rest = "[cooldown]\nfailures = 1000\n"
-        with Sitting(said("a"), BROKEN, chair=plain("c"), rest=rest, backends="max_idle = 0") as sitting:
+        with ExitStack() as stack:
+            sitting = Sitting(said("a"), BROKEN, chair=plain("c"), rest=rest, backends="max_idle = 0")
+            stack.enter_context(sitting)
+            forgotten = stack.enter_context(warnings.catch_warnings(record=True))
+            warnings.simplefilter("always", ResourceWarning)
             sitting.ask()
             before = descriptors()
             for stream in (False, True) * 10:
@@ -580,6 +601,7 @@ class ClientGoneTest(unittest.TestCase):
                 self.assertEqual(400, sitting.ask(n=2).status)
             self.assertEqual([], member_threads())
             wait_for(lambda: descriptors() <= before, "the last connections' end")
+            self.assertEqual([], [each.message for each in forgotten])
 
 
 HANG_AT_ONCE: Reply = [HANG]

@@ -121,9 +121,9 @@ class PulledTest(unittest.TestCase):
         """Whatever is there, on whatever machine: a valid configuration, no warning, no window beyond the model's."""
         chance = random.Random(4)
         names = (
-            "qwen3:8b llama3.1:8b gemma3:4b granite4:3b granite3.3:8b llama3.2:1b llama3.2:3b qwen3:4b gemma3:1b my.model "
-            "qwen3-coder:30b devstral:24b gpt-oss:20b phi4:14b x/y:3b nomic-embed-text qwen3.5:4b qwen3.5:9b qwen3.5:27b "
-            "llama3.3:70b deepseek-r1:8b"
+            "qwen3:8b llama3.1:8b gemma3:4b granite4:3b granite3.3:8b llama3.2:1b llama3.2:3b qwen3:4b gemma3:1b "
+            "qwen3-coder:30b devstral:24b gpt-oss:20b phi4:14b x/y:3b my.model nomic-embed-text "
+            "qwen3.5:4b qwen3.5:9b qwen3.5:27b llama3.3:70b deepseek-r1:8b"
         ).split()
         kinds = [{"completion"}, CHAT, {"completion", "thinking"}, {"embedding"}]
         for _ in range(300):

@@ -12,6 +12,7 @@ import threading
 import time
 import unittest
 import urllib.request
+from collections.abc import Mapping
 from typing import Any, ClassVar
 
 from portway import config, memory, residency_api, residency_cli
@@ -35,8 +36,10 @@ from portway.arbiter import (
 )
 from portway.backend_ollama import OllamaBackend
 from portway.call import Call, Limits
+from portway.call import Served as Answered
 from portway.errors import BackendError, ClientError, ClientGone
 from portway.residency import Place, Residency, budget_of
+from portway.routing import Cooling, Router
 from portway.standin import Memory, StandIn, StandInModel
 from portway.watch import ClientWatch, NoClient
 from portway.wire import dumps
@@ -311,12 +314,12 @@ class Served(unittest.TestCase):
     """Two stand-ins for Ollama that share 10 GB and know nothing of each other."""
 
     memory_options = 'budget = "10GB"\nmin_stay = 0\npatience = 0\n'
-    models: ClassVar[dict[str, str]] = {}  # further options of a model
-    backends: ClassVar[dict[str, str]] = {}
+    models: ClassVar[Mapping[str, str]] = {}  # further options of a model
+    backends: ClassVar[Mapping[str, str]] = {}
 
     def setUp(self) -> None:
         self.memory = Memory(10 * GB)
-        sizes = {"one": {"a": 6, "b": 5, "embed": 0.3}, "two": {"c": 6, "giant": 20}}
+        sizes: dict[str, dict[str, float]] = {"one": {"a": 6, "b": 5, "embed": 0.3}, "two": {"c": 6, "giant": 20}}
         self.standins = {
             name: self.enterContext(StandIn([self.model(m, size) for m, size in models.items()], memory=self.memory))
             for name, models in sizes.items()
@@ -347,8 +350,7 @@ class Served(unittest.TestCase):
     def ask(self, name: str, watch: Any = None) -> bytes:
         """A whole streamed answer, by way of a place."""
         target = self.config.models[name]
-        body = {"model": name, "messages": [{"role": "user", "content": "hi"}], "stream": True}
-        call = Call("chat", body, dumps(body), target, stream=True, include_usage=False, id="x", created=0)
+        call = chat(target)
         until = time.monotonic() + SOON
         backend = OllamaBackend(target.backend)
         self.addCleanup(backend.close)
@@ -474,7 +476,9 @@ class ThreadsTest(Served):
     def test_another_client_s_model(self) -> None:
         """What another client has loaded is noticed before a load, and makes room like any other."""
         other = self.config.models["b"]
-        Residency(self.config, read=memory.Reading).load(other, NoClient(), time.monotonic() + SOON)
+        theirs = Residency(self.config, read=memory.Reading)
+        self.addCleanup(theirs.stop)
+        theirs.load(other, NoClient(), time.monotonic() + SOON)
         self.assertEqual({}, self.known())
         self.ask("c")
         self.assertEqual(({"c"}, 0), (self.in_memory(), self.memory.stats().overcommits))
@@ -498,7 +502,8 @@ class ThreadsTest(Served):
         self.ask("a")
         self.residency._hearing["one"].looked_at = -math.inf
         self.residency.refresh(NoClient())
-        self.assertEqual((6 * GB, True), (self.residency._seats["a"].need[0], self.residency._seats["a"].measured))
+        measured = self.residency._seats["a"]
+        self.assertEqual((Need(6 * GB, 6 * GB, "6.0 GB"), True), (measured.need, measured.measured))
 
     def test_a_server_that_is_away(self) -> None:
         """Requests go on as without an arbiter, what it had is forgotten, and it is told."""
@@ -540,6 +545,7 @@ class ThreadsTest(Served):
     def test_off(self) -> None:
         """memory.enabled = false: nothing is asked, nothing waits."""
         off = Residency(config.parse(self.toml("enabled = false\n"), "models.toml", {}), read=memory.Reading)
+        self.addCleanup(off.stop)
         place = off.place(self.config.models["giant"], NoClient(), 0.0)
         self.assertNotIsInstance(place, Place)
         self.assertEqual([], self.paths("two"))
@@ -695,8 +701,7 @@ class PolicyTest(Served):
 
     def test_embeddings(self) -> None:
         """A model that can't chat is loaded and unloaded as well."""
-        model = config.parse(self.toml(self.memory_options).replace(
-            'model = "embed"', 'model = "embed"\ncapabilities = ["embedding"]'), "x", {}).models["embed"]
+        model = self.config.models["embed"]
         self.residency.load(model, NoClient(), time.monotonic() + SOON)
         self.assertEqual({"embed"}, self.in_memory())
         self.assertTrue(self.residency.unload(model, NoClient(), time.monotonic() + SOON))
@@ -711,6 +716,47 @@ class PreloadTest(Served):
         self.residency.start()
         wait_for(lambda: "a" in self.in_memory() and bool(self.said), "the preloading")
         self.assertIn("giant could not be loaded at the start: giant needs", self.said[0])
+
+
+class RouterTest(Served):
+    """The router takes a place for each attempt."""
+
+    models: ClassVar = {
+        "giant": 'fallback = ["a"]',
+        "a": 'prefer_warm = true\nfallback = ["c"]\ntimeouts = { first_token = 5 }',
+    }
+
+    def serve(self, name: str) -> Answered:
+        backends = {name: OllamaBackend(backend) for name, backend in self.config.backends.items()}
+        for backend in backends.values():
+            self.addCleanup(backend.close)
+        router = Router(self.config, backends, Cooling(self.config.cooldown), place=self.residency.place)
+        return router.serve(chat(self.config.models[name]), NoClient())
+
+    def attempts(self, served: Answered) -> list[tuple[str, str]]:
+        return [(attempt.model, attempt.reason) for attempt in served.attempts]
+
+    def test_it_falls_back(self) -> None:
+        """What can't fit is skipped at once, and the next one answers."""
+        served = self.serve("giant")
+        self.assertEqual([("giant", "does_not_fit"), ("a", "ok")], self.attempts(served))
+        served.answer.close()
+
+    def test_a_warm_one(self) -> None:
+        """The attempts say that the one that was asked for was cold."""
+        self.ask("c")
+        served = self.serve("a")
+        self.assertEqual([("a", "cold"), ("c", "ok")], self.attempts(served))
+        served.answer.close()
+
+    def test_a_stream_holds_its_place(self) -> None:
+        """A model is in use until its answer has been closed, and not only until it begins."""
+        served = self.serve("b")
+        waiting = self.in_thread("c")
+        self.await_waiting(1)
+        self.assertEqual({"b"}, self.in_memory())
+        served.answer.close()
+        self.assertIn(b"[DONE]", waiting.outcome())
 
 
 # --- people ---------------------------------------------------------------------------------------
@@ -822,6 +868,13 @@ class Api:
     def __exit__(self, *_: object) -> None:
         self._server.shutdown()
         self._server.server_close()
+
+
+def chat(target: config.Model) -> Call:
+    """A short question, streamed."""
+    messages = [{"role": "user", "content": "hi"}]
+    body = {"model": target.name, "messages": messages, "stream": True, "max_tokens": 5}
+    return Call("chat", body, dumps(body), target, stream=True, include_usage=False, id="x", created=0)
 
 
 def post(url: str, body: object) -> Any:

@@ -846,7 +846,10 @@ class Times(TransportCase):
             stream.content()
             self.assertEqual(1008, stream.until())
             self.assertEqual("idle_timeout", stream.expired().reason)
+            now = 1006.0
+            self.assertEqual(1008, stream.until())  # however often it is asked: pings are no content
             now = 1099.0
+            stream.content()
             self.assertEqual(1100, stream.until())
             now = 1100.0
             self.assertEqual("total_timeout", stream.expired().reason)

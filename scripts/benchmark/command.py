@@ -57,8 +57,6 @@ def _read(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--quick", action="store_true", help="a part of it, with few rounds: about a minute")
     names = [*SCENARIOS, "peers"]
     parser.add_argument("--only", action="append", choices=names, metavar="NAME", help=f"one of {', '.join(names)}")
-    parser.add_argument("--peers", action="store_true", help="also what is installed of nginx, haproxy, LiteLLM, Portkey")
+    parser.add_argument("--peers", action="store_true", help="also nginx, haproxy, LiteLLM, Portkey, as installed")
     parser.add_argument("--write", type=Path, metavar="FILE", help="write the report there, as docs/performance.md is")
     return parser.parse_args(argv)
-
-

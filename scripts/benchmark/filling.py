@@ -17,8 +17,12 @@ def fill(path: Path, count: int) -> None:
     file = CacheFile(str(path), 5.0)
     now = time.time()
     document = DOCUMENT % (b"x" * 300)
-    keys = sorted((os.urandom(32) for _ in range(max(0, count))), key=lambda key: int.from_bytes(key[:8], "big", signed=True))
+    keys = sorted((os.urandom(32) for _ in range(max(0, count))), key=_row_id)
     for start in range(0, len(keys), BATCH):
         rows = [Row(key, "spare", now, "", document) for key in keys[start : start + BATCH]]
         file.write(rows)
     file.close()
+
+
+def _row_id(key: bytes) -> int:
+    return int.from_bytes(key[:8], "big", signed=True)

@@ -13,7 +13,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Self
@@ -36,7 +36,7 @@ FAILING = "fail-0-1"
 class Process:
     """A process of ours, ended with the block."""
 
-    def __init__(self, command: Sequence[str], folder: Path, name: str, environ: Mapping[str, str] | None = None) -> None:
+    def __init__(self, command: Sequence[str], folder: Path, name: str) -> None:
         self.name = name
         self.log = folder / f"{name}.log"
         own = {"HOME": str(folder), "XDG_DATA_HOME": "", "XDG_CACHE_HOME": "", "XDG_CONFIG_HOME": ""}
@@ -47,7 +47,7 @@ class Process:
                 stdout=log,
                 stderr=subprocess.STDOUT,
                 cwd=folder,
-                env={**os.environ, **own, **(environ or {})},
+                env={**os.environ, **own},
             )
 
     def __enter__(self) -> Self:
@@ -132,10 +132,9 @@ def configuration(upstream: int, extra: str = "", models: int = 0) -> str:
         f'[models.cached-{PLAIN}]\nbackend = "openai"\nmodel = "{PLAIN}"\ncache = "30d"\nflag = "hit"\n',
     ]
     for kind in ("openai", "ollama"):
-        for name in (PLAIN, PACED, SLOW, FLOOD, TOOLS):
-            parts.append(f'[models.{kind}-{name}]\nbackend = "{kind}"\nmodel = "{name}"\n')
-    for number in range(models):
-        parts.append(f'[models.spare-{number}]\nbackend = "openai"\nmodel = "text-0-{number}"\n')
+        names = (PLAIN, PACED, SLOW, FLOOD, TOOLS)
+        parts += [f'[models.{kind}-{name}]\nbackend = "{kind}"\nmodel = "{name}"\n' for name in names]
+    parts += [f'[models.spare-{n}]\nbackend = "openai"\nmodel = "text-0-{n}"\n' for n in range(models)]
     return "\n".join(parts)
 
 
