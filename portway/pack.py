@@ -21,8 +21,6 @@ EPOCH = (1980, 1, 1, 0, 0, 0)  # the earliest time that a zip file can hold
 def build(out: str) -> None:
     """Write the Portway that runs now to `out`, whole or not at all. Raises OSError."""
     archive = running_archive()
-    if archive is not None and os.path.exists(out) and os.path.samefile(archive, out):
-        return
     fresh = f"{out}.{os.getpid()}"
     try:
         with open(fresh, "wb") as file:

@@ -827,8 +827,7 @@ def serve(config: Config, *, config_path: str | None, environ: Mapping[str, str]
     try:
         daemon = Daemon(config, log=log, cache=cache)
     except OSError as exc:
-        where = f"{config.server.host}:{config.server.port}"
-        _to_stderr(f"can't listen on {where}: {exc.strerror}; stop what does, or change server.port")
+        _to_stderr(_cannot_listen(config.server.host, config.server.port, exc))
         return 1
     for warning in config.warnings:
         _to_stderr(f"warning: {warning}")
@@ -846,6 +845,13 @@ def serve(config: Config, *, config_path: str | None, environ: Mapping[str, str]
         if aside:
             aside.close(CLOSE_ASIDE)
     return 0 if ended else 1
+
+
+def _cannot_listen(host: str, port: int, exc: OSError) -> str:
+    from portway.holder import describe  # seldom needed
+
+    holder = describe(host, port) if exc.errno == errno.EADDRINUSE else ""
+    return f"can't listen on {host}:{port}: {exc.strerror}; stop {holder or 'what does'}, or change server.port"
 
 
 def _open_log(config: Config, environ: Mapping[str, str]) -> Log | None:

@@ -96,7 +96,7 @@ def _run(command: str, words: list[str], daemon: Daemon) -> int:
     if words:
         print(json.dumps(said, indent=2))
         return OK
-    for line in (_ps(said) if command == "ps" else _models(said)):
+    for line in _ps(said) if command == "ps" else _models(said):
         print(line)
     return OK
 

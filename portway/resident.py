@@ -263,9 +263,7 @@ class OllamaEngine:
         trained = _count(info.get(f"{info.get('general.architecture')}.context_length"))
         said = shown.get("capabilities")
         capabilities = frozenset(map(str, said)) if isinstance(said, list) else None
-        return Known(
-            blob[1] if blob else name, True, size, per_token(info), trained, capabilities=capabilities
-        )
+        return Known(blob[1] if blob else name, True, size, per_token(info), trained, capabilities=capabilities)
 
     def _seen(self, entry: Mapping[str, Any], watch: Watch) -> Seen:
         name = full_name(str(entry.get("name")))

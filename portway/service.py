@@ -316,9 +316,14 @@ def _start_unit(system: System) -> None:
 def _way_out(done: Done) -> str:
     if done.code == 127:
         return "; without systemd, have your own service manager run what `portway service install --print` shows"
-    if "bus" in done.said.lower():
+    if _is_unreachable(done):
         return "; there is no user session here: log in as this user (not by su), or `loginctl enable-linger`"
     return ""
+
+
+def _is_unreachable(done: Done) -> bool:
+    """Whether there is no systemd of this user's to talk to."""
+    return done.code == 127 or "failed to connect to bus" in done.said.lower()
 
 
 def _start_agent(system: System, path: str) -> None:
@@ -372,8 +377,8 @@ def _uninstall(system: System, _options: _Options) -> int:
         _stop_agent(system)
     elif os.path.exists(paths.unit):
         done = system.run(["systemctl", "--user", "disable", "--now", UNIT])
-        if done.code != 0:
-            raise ServiceError(f"systemctl --user disable --now {UNIT}: {done.said}{_way_out(done)}")
+        if done.code != 0 and not _is_unreachable(done):  # without systemd nothing runs that would have to be stopped
+            raise ServiceError(f"systemctl --user disable --now {UNIT}: {done.said}")
     removed = [path for path in (paths.unit, paths.program) if _remove(path)]
     if removed and not system.is_mac:
         system.run(["systemctl", "--user", "daemon-reload"])

@@ -279,12 +279,14 @@ def drive(target: Target, options: argparse.Namespace) -> Told:
     every = options.every or (0.02 if target.memory else 0.5)
 
     def sample() -> None:
-        while True:
+        ended = False
+        while not ended:
+            ended = (
+                over.wait(every) if told.samples else False
+            )  # once more at the end: what a short run did shows there
             look = target.look()
             with told.lock:
                 told.samples.append(Sample(time.monotonic() - started, look, told.waiting))
-            if over.wait(every):
-                return
 
     def ask(model: str) -> None:
         while (number := next(numbers)) < options.requests and time.monotonic() - started < options.seconds:
@@ -475,7 +477,8 @@ def judge(told: Told, target: Target) -> dict[str, Any]:
     failed = len(told.answers) - answered + told.waiting
     verdict = "thrashed" if why else "calm" if answered else "nothing answered"
     if not why:
-        why = [f"{answered} answered, {failed} failed, no moment over the budget and no swapping"]
+        calm = "no swapping" if target.memory is None else "no moment over the budget"
+        why = [f"{answered} answered, {failed} failed, {calm}"]
     return {
         "verdict": verdict,
         "why": why,

@@ -138,7 +138,8 @@ class Values(unittest.TestCase):
 
     def test_cache_lifetimes(self) -> None:
         """`cache` is a time, days included, or "off"; nothing in between."""
-        self.assertEqual([0.0, 43_200.0, 60.0], [one_model(f"cache = {text}").cache for text in ('"off"', '"12h"', "60")])
+        lifetimes = [one_model(f"cache = {text}").cache for text in ('"off"', '"12h"', "60")]
+        self.assertEqual([0.0, 43_200.0, 60.0], lifetimes)
         for text in ("0", '"on"', "true", '"-1d"', '"never"'):
             refused = mistakes(f'{BACKENDS}[models.a]\nbackend = "ollama"\nmodel = "x"\ncache = {text}\n')
             self.assertEqual(["models.a.cache"], [mistake.key for mistake in refused], text)
@@ -147,7 +148,8 @@ class Values(unittest.TestCase):
         """`flag:9b` resolves to the model with that flag; without one, to the default or the first."""
         two = BACKENDS + MODEL.format(name="a") + 'flag = "9b"\n' + MODEL.format(name="b") + 'flag = "1b"\n'
         got = parsed(two)
-        self.assertEqual([got.models["a"], got.models["b"], None], [got.resolve(f"flag:{x}") for x in ("9b", "1b", "2b")])
+        flagged = [got.resolve(f"flag:{flag}") for flag in ("9b", "1b", "2b")]
+        self.assertEqual([got.models["a"], got.models["b"], None], flagged)
         self.assertIs(got.models["a"], got.resolve("flag:default"))
         got = parsed(two + "default = true\n")
         self.assertIs(got.models["b"], got.resolve("flag:default"))

@@ -340,17 +340,34 @@ class StreamTest(unittest.TestCase):
         self.assertEqual("ok", chunks[-1]["portway"]["council"])
 
     def test_progress_is_calm(self) -> None:
-        """Nothing is told as long as nothing is new; heartbeats keep the client awake."""
-        gate = threading.Event()
-        heartbeat = "[server]\nheartbeat = 0.01\n"
-        with calm(), Sitting([gate, said("a")], [gate, said("b")], chair=said("c"), rest=heartbeat) as sitting:
+        """Nothing is told as long as nothing is new, before the first token and after it; heartbeats keep the
+        client awake."""
+        start, go_on = threading.Event(), threading.Event()
+        member: Reply = [start, begun("openai", "x"), go_on, ended("openai")]
+        with calm(), Sitting(member, member, chair=said("c"), rest="[server]\nheartbeat = 0.01\n") as sitting:
             _, events = sitting.begin()
             for _ in range(10):
                 self.assertEqual("portway", next(events).comment)
+            start.set()
+            told = next(event.json for event in events if event.data and event.data.count("1 token ..") == 2)
+            for _ in range(10):
+                self.assertEqual("portway", next(events).comment)
+            go_on.set()
+            chunks = [event.json for event in events if event.data not in (None, "[DONE]")]
+        self.assertEqual("Response A: 1 token ..; Response B: 1 token ..\n", text_of([told], "reasoning"))
+        self.assertEqual("c", text_of(chunks))
+
+    def test_facts_after_a_heartbeat(self) -> None:
+        """Where a heartbeat has sent the headers, the first chunk says who answers, and the last one how it went."""
+        gate = threading.Event()
+        with Sitting([gate, said("a")], said("b"), chair=said("c"), rest="[server]\nheartbeat = 0.01\n") as sitting:
+            head, events = sitting.begin()
+            self.assertEqual("portway", next(events).comment)
             gate.set()
             chunks = [event.json for event in events if event.data not in (None, "[DONE]")]
-        self.assertEqual("", text_of(chunks, "reasoning"))
+        self.assertIsNone(head.header("x-served-by"))
         self.assertEqual("council(alpha,beta>chair)", chunks[0]["portway"]["served_by"])
+        self.assertEqual("ok", chunks[-1]["portway"]["council"])
 
     def test_chairman_breaks_off(self) -> None:
         """A chairman that breaks off in its answer ends the stream with an error, and without [DONE]."""

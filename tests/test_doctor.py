@@ -218,7 +218,10 @@ class BackendTest(DoctorTest):
     def test_missing_models(self):
         """What is not pulled is told once for each model, with the command; an error only where nobody takes over."""
         self.sizes = {}
-        examined = self.examine(CONFIG + '[models.again]\nbackend = "ollama"\nmodel = "granite4:3b"\nnum_ctx = 16384\n')
+        examined = self.examine(
+            CONFIG
+            + '[models.again]\nbackend = "ollama"\nmodel = "granite4:3b"\nnum_ctx = 16384\nfallback = ["fast-9b"]\n'
+        )
         self.assert_found(
             examined, "error", "models", "no granite4:3b; needed by fast-3b, again", "ollama pull granite4:3b"
         )

@@ -218,13 +218,13 @@ class StandInTest(Both, StandInCase):
     def test_client_that_gives_up(self) -> None:
         """The SDK's own timeout lets the backend go at once."""
         self.standin.fail(ASKED, "hang_before_content")
-        failure = self.play(self.url, "failure", '{"timeout": 200, "maxRetries": 0}')
+        failure = self.play(self.url, "failure", '{"options": {"timeout": 200, "maxRetries": 0}}')
         self.assertEqual("APIConnectionTimeoutError", failure["kind"])
         self.assertTrue(self.left())
 
     def test_nothing_listens(self) -> None:
         """Without Portway it is APIConnectionError."""
-        failure = self.play("http://127.0.0.1:1/v1", "failure", '{"maxRetries": 0}')
+        failure = self.play("http://127.0.0.1:1/v1", "failure", '{"options": {"maxRetries": 0}}')
         self.assertEqual("APIConnectionError", failure["kind"])
 
     def test_heartbeats(self) -> None:
@@ -257,9 +257,9 @@ class KeyTest(StandInCase):
 
     def test_keys(self) -> None:
         """A wrong key is AuthenticationError; the right one is served."""
-        failure = self.play(self.url, "failure", '{"apiKey": "sk-wrong"}')
+        failure = self.play(self.url, "failure", '{"options": {"apiKey": "sk-wrong"}}')
         self.assertEqual(("AuthenticationError", "invalid_api_key"), (failure["kind"], failure["code"]))
-        self.assertIsNone(self.play(self.url, "failure", '{"apiKey": "sk-right"}')["kind"])
+        self.assertIsNone(self.play(self.url, "failure", '{"options": {"apiKey": "sk-right"}}')["kind"])
 
 
 class AiSdkTest(StandInCase):

@@ -450,19 +450,23 @@ class StopTest(unittest.TestCase):
             self.assertEqual(0, daemon.wait())
 
     def test_port_taken(self):
-        """A port that is taken is a clear error and exit code 1."""
+        """A port that is taken is a clear error, with the process that has it, and exit code 1."""
         import contextlib
         import io
+        import os
+        import tempfile
         from dataclasses import replace
 
+        home = self.enterContext(tempfile.TemporaryDirectory())
         with socket.create_server(("127.0.0.1", 0)) as holder:
             parsed = config.parse(toml("http://127.0.0.1:1"), "models.toml", {})
             port = holder.getsockname()[1]
             taken = replace(parsed, server=replace(parsed.server, port=port))
             with contextlib.redirect_stderr(io.StringIO()) as said:
-                self.assertEqual(1, proxy.serve(taken, config_path=None, environ={}))
+                self.assertEqual(1, proxy.serve(taken, config_path=None, environ={"HOME": home}))
             self.assertIn(f"127.0.0.1:{port}", said.getvalue())
             self.assertIn("server.port", said.getvalue())
+            self.assertIn(f"pid {os.getpid()}", said.getvalue())
 
 
 if __name__ == "__main__":

@@ -421,6 +421,19 @@ class LifeTest(ServiceTest):
         self.assertIn("There is no service", self.run_service(self.linux(), "uninstall")[1])
         self.assertIn("There is no service", self.run_service(self.mac(ABSENT), "uninstall")[1])
 
+    def test_uninstall_without_systemd(self):
+        """Where no systemd answers, what an attempt to install left behind is removed; where one refuses, it stays."""
+        for code, words, status in (
+            (1, "Failed to connect to bus: No medium found", 0),
+            (127, "none", 0),
+            (1, "denied", 1),
+        ):
+            done = Done(code, "", words)
+            self.run_service(self.system("linux", {"systemctl": [done]}), "install", "--config", self.write(VALID))
+            self.assertTrue(self.unit.exists())
+            self.assertEqual(status, self.run_service(self.system("linux", {"systemctl": [done]}), "uninstall")[0])
+            self.assertEqual(status == 1, self.unit.exists())
+
     def test_logs(self):
         """On Linux the journal's last lines are shown, on macOS the file's."""
         system = self.system("linux", {"journalctl": [Done(0, "2026-11-21 portway: listening\n", "")]})

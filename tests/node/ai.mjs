@@ -19,7 +19,8 @@ async function watched(...args) {
 
 const portway = createOpenAICompatible({ name: "portway", baseURL, includeUsage: true, fetch: watched });
 const model = portway("chat");
-const inputSchema = jsonSchema({ type: "object", properties: { city: { enum: ["Lima", "Oslo"] } }, required: ["city"] });
+const city = { enum: ["Lima", "Oslo"] };
+const inputSchema = jsonSchema({ type: "object", properties: { city }, required: ["city"] });
 const tools = {
   weather: tool({ inputSchema, execute: async ({ city }) => `It rains in ${city}.` }),
   population: tool({ inputSchema, execute: async ({ city }) => `Many live in ${city}.` }),
@@ -30,21 +31,23 @@ const prompt = "We walk over the bridge";
 async function read(result) {
   const parts = [];
   for await (const part of result.fullStream) parts.push(part);
-  const joined = (type) => parts.filter((part) => part.type === type).map((part) => part.text).join("");
+  const all = (type) => parts.filter((part) => part.type === type);
+  const text = (type) => all(type).map((part) => part.text).join("");
   return {
-    text: joined("text-delta"),
-    reasoning: joined("reasoning-delta"),
-    calls: parts.filter((part) => part.type === "tool-call").map(({ toolCallId, toolName, input }) => ({ toolCallId, toolName, input })),
-    results: parts.filter((part) => part.type === "tool-result").map((part) => part.output),
-    finishReasons: parts.filter((part) => part.type === "finish-step").map((part) => part.finishReason),
-    usages: parts.filter((part) => part.type === "finish-step").map((part) => part.usage),
-    errors: parts.filter((part) => part.type === "error").map((part) => shown(part.error)),
+    text: text("text-delta"),
+    reasoning: text("reasoning-delta"),
+    calls: all("tool-call").map(({ toolCallId, toolName, input }) => ({ toolCallId, toolName, input })),
+    results: all("tool-result").map((part) => part.output),
+    finishReasons: all("finish-step").map((part) => part.finishReason),
+    usages: all("finish-step").map((part) => part.usage),
+    errors: all("error").map((part) => shown(part.error)),
   };
 }
 
 function shown(error) {
-  const inner = error?.lastError ?? error; // what its retries ended with
-  return { kind: inner?.name ?? null, status: inner?.statusCode ?? null, message: inner?.message ?? String(inner), body: inner?.responseBody ?? null };
+  const last = error?.lastError ?? error; // what its retries ended with
+  const message = last?.message ?? String(last);
+  return { kind: last?.name, status: last?.statusCode, message, body: last?.responseBody };
 }
 
 const quiet = { onError() {} }; // errors are read from the stream, not written to stderr
@@ -56,7 +59,7 @@ const scenarios = {
   },
 
   async stream() {
-    return read(streamText({ model, prompt, ...quiet }));
+    return read(streamText({ model, prompt, temperature: 0, ...quiet }));
   },
 
   // two calls, both run, and the answer to their results
@@ -68,16 +71,17 @@ const scenarios = {
   // several calls, none of them run; a tiny model needs some seeds for that
   async calls() {
     const idle = Object.fromEntries(["weather", "population"].map((name) => [name, tool({ inputSchema })]));
-    const asked = { model: portway("tools"), tools: idle, toolChoice: "required", temperature: 1, prompt, ...quiet };
+    const providerOptions = { portway: { parallel_tool_calls: true } };
     for (let seed = 0; seed < 50; seed++) {
-      const said = await read(streamText({ ...asked, seed, providerOptions: { portway: { parallel_tool_calls: true } } }));
+      const sampling = { toolChoice: "required", temperature: 1, seed, providerOptions };
+      const said = await read(streamText({ model: portway("tools"), tools: idle, prompt, ...sampling, ...quiet }));
       if (said.calls.length > 1 || said.errors.length > 0) return said;
     }
     throw new Error("no seed gave two calls");
   },
 
   async reasoning() {
-    return read(streamText({ model: portway("thinker"), prompt, ...quiet }));
+    return read(streamText({ model: portway("thinker"), prompt, temperature: 0, ...quiet }));
   },
 
   async embedding() {

@@ -12,7 +12,7 @@ const TOOLS = ["weather", "population"].map((name) => ({
     parameters: { type: "object", properties: { city: { enum: ["Lima", "Oslo"] } }, required: ["city"] },
   },
 }));
-const TWICE = { model: argument ?? "chat", messages: [{ role: "user", content: "Ask weather, then population" }], tools: TOOLS };
+const TWICE = [{ role: "user", content: "Ask weather, then population" }];
 
 async function joined(stream) {
   const chunks = [];
@@ -47,26 +47,28 @@ function listening() {
 
 const scenarios = {
   async chat() {
-    const { data, response } = await client.chat.completions.create({ model: "chat", messages: HELLO }).withResponse();
+    const fields = { model: "chat", messages: HELLO, temperature: 0 };
+    const { data, response } = await client.chat.completions.create(fields).withResponse();
     return { answer: data, servedBy: response.headers.get("x-served-by") };
   },
 
   async streams() {
     const fields = { model: "chat", messages: HELLO, temperature: 0, max_tokens: 20 };
-    const plain = await client.chat.completions.create(fields);
     const stream = { ...fields, stream: true };
+    const counted = { ...stream, stream_options: { include_usage: true } };
     return {
-      plain: plain.choices[0].message.content,
+      plain: (await client.chat.completions.create(fields)).choices[0].message.content,
       silent: await joined(await client.chat.completions.create(stream)),
-      counted: await joined(await client.chat.completions.create({ ...stream, stream_options: { include_usage: true } })),
+      counted: await joined(await client.chat.completions.create(counted)),
     };
   },
 
   // the SDK's own helper joins the pieces of the calls, and throws if they don't fit together
   async tools() {
     for (let seed = 0; seed < 50; seed++) {
-      const fields = { ...TWICE, tool_choice: "required", parallel_tool_calls: true, seed, temperature: 1 };
-      const { choices } = await client.chat.completions.stream(fields).finalChatCompletion();
+      const fields = { tools: TOOLS, tool_choice: "required", parallel_tool_calls: true, seed, temperature: 1 };
+      const stream = client.chat.completions.stream({ model: argument, messages: TWICE, ...fields });
+      const { choices } = await stream.finalChatCompletion();
       if (choices[0].message.tool_calls?.length > 1) return choices[0];
     }
     throw new Error("no seed gave two calls");
@@ -94,16 +96,18 @@ const scenarios = {
     return { listed, one: await client.models.retrieve("chat") };
   },
 
-  // the request in ARGUMENT, and which class its failure raises
+  // the request in ARGUMENT, with the client's own options among its fields, and which class its failure raises
   async failure() {
+    const { options, ...fields } = { options: {}, ...JSON.parse(argument) };
     const said = [];
     try {
-      const { apiKey = "unused", timeout, maxRetries, ...fields } = JSON.parse(argument);
-      const asking = new OpenAI({ baseURL, apiKey, ...(timeout && { timeout }), ...(maxRetries !== undefined && { maxRetries }) });
+      const asking = new OpenAI({ baseURL, apiKey: "unused", ...options });
       const answer = await asking.chat.completions.create({ model: "chat", messages: HELLO, ...fields });
       if (fields.stream) for await (const chunk of answer) said.push(chunk.choices[0]?.delta.content ?? "");
     } catch (error) {
-      return { kind: error.constructor.name, isAPIError: error instanceof OpenAI.APIError, status: error.status, code: error.code, message: error.message, said };
+      const { status, code, message } = error;
+      const isAPIError = error instanceof OpenAI.APIError;
+      return { kind: error.constructor.name, isAPIError, status, code, message, said };
     }
     return { kind: null, said };
   },
