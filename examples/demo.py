@@ -14,9 +14,12 @@ from __future__ import annotations
 
 import os
 import sys
+from typing import TYPE_CHECKING
 
 import openai
-from openai.types.chat import ChatCompletionMessageParam
+
+if TYPE_CHECKING:
+    from openai.types.chat import ChatCompletionMessageParam
 
 URL = os.environ.get("PORTWAY_URL", "http://127.0.0.1:11436")
 MODEL = os.environ.get("PORTWAY_MODEL", "fast-9b")

@@ -82,7 +82,7 @@ class Found:
         return self.served.whole or b""
 
     def pieces(self) -> Iterator[bytes]:
-        """The stream, as Answer.pieces has it. Raises what `client_left` was told once nobody waits any more."""
+        """The stream, as Answer.pieces has it."""
         if self.served is None:
             yield replay.replay(self.document, self._call, self.facts.served_by)
             return
@@ -90,8 +90,6 @@ class Found:
         yield self.served.first
         for piece in self.served.rest:
             self._keep(piece)
-            if self.leader is not None and self.leader.gone is not None:
-                self.leader.client_left(self.leader.gone)
             yield piece
 
     def late_warnings(self) -> list[str]:

@@ -437,7 +437,7 @@ class Ledger:
             return Wait(f"{_named(busy)} to be idle", plan=runners, for_memory=True)
         stays = max(max(r.loaded_at + self.min_stay, r.spared_until) for r in plan)
         if stays > now:
-            return Wait(f"{_named(plan)}, which has just been loaded", stays, runners, for_memory=True)
+            return Wait(f"{_named(plan)}, which can't be unloaded yet", stays, runners, for_memory=True)
         wanted = [r for r in plan if r.runner in ahead.wanted]
         if wanted and not self._is_old(wish, now):
             return Wait(f"requests for {_named(wanted)}", wish.since + self.patience, runners, for_memory=True)

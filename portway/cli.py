@@ -36,6 +36,9 @@ Commands:
   doctor     will it run here? what is missing, and what to do about it
   init       write a models.toml for this machine's memory and models
   service    run it from login on, under launchd or systemd
+  ps         what is in memory, and of which model how much
+  load, unload  a model, into memory and out of it
+  models     every model: its size, whether it is there, whether it fits
   stats      what the log says: requests, hits, demotions, times, dollars saved
   cache      show, purge or switch off the stored answers
   demo       show what Portway does, with no model server installed
@@ -208,13 +211,18 @@ def _dispatch(words: list[str]) -> int:
     own_words = {"standin": _standin, "stats": _stats, "cache": _cache, "service": _service}
     if name in own_words:
         return own_words[name](rest)
+    if name in _RESIDENCY:
+        return _residency(name, rest)
     commands = _commands()
     if name not in commands:
-        raise _UsageError(_unknown("command", name, [*commands, *own_words, "--help", "--version"]))
+        raise _UsageError(_unknown("command", name, [*commands, *own_words, *_RESIDENCY, "--help", "--version"]))
     command = commands[name]
     if "--help" in rest or "-h" in rest:
         return _show(command.help)
     return command.run(_read_options(name, rest, command.options))
+
+
+_RESIDENCY = ("ps", "load", "unload", "models")
 
 
 # --- The commands ----------------------------------------------------------------------------
@@ -296,6 +304,16 @@ def _stats(words: list[str]) -> int:
         return _refuse(exc)
     named = any(word.partition("=")[0] == "--log" for word in words)
     return stats.main([*words, "--log", file] if file and not named else words)
+
+
+def _residency(name: str, words: list[str]) -> int:
+    from portway import config, residency_cli
+
+    try:
+        loaded = config.load(None, os.environ)
+    except config.ConfigError as exc:
+        return _refuse(exc)
+    return residency_cli.main(name, words, loaded)
 
 
 def _cache(words: list[str]) -> int:

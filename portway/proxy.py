@@ -32,9 +32,9 @@ from queue import Empty, SimpleQueue
 from typing import TYPE_CHECKING, Any
 from urllib.parse import unquote
 
+from portway import residency_api
 from portway.answers import Facts, Found, Shared
-from portway.cache import LIFETIME, Cache
-from portway.cache_file import default_path
+from portway.cache import Cache
 from portway.cache_rules import parse_control
 from portway.config import ConfigError, ConfigWatcher
 from portway.errors import ClientError, ClientGone, PortwayError
@@ -42,12 +42,13 @@ from portway.flights import Flights
 from portway.http1 import MAX_HEAD, BadMessage, Incoming, RequestHead, as_client_error, parse_request
 from portway.metrics import CONTENT_TYPE, Metrics
 from portway.request import find_model, read_call
+from portway.residency import Residency
 from portway.routing import ChainExhausted, Cooling
-from portway.state import State
-from portway.telemetry import Log, Price, Record, log_path
+from portway.state import State, open_cache, open_log
+from portway.telemetry import Log, Price, Record
 from portway.vitals import Vitals
 from portway.watch import ClientWatch
-from portway.wire import DONE, dumps, sse
+from portway.wire import DONE, dumps, loads_object, sse
 from portway.workers import InFlight, Workers
 
 if TYPE_CHECKING:
@@ -74,6 +75,9 @@ ROUTES: Mapping[str, Mapping[str, str]] = {
     "/models/{id}": {"GET": "get_model"},
     "/health": {"GET": "get_health"},
     "/metrics": {"GET": "get_metrics"},
+    "/portway/residency": {"GET": "get_residency"},
+    "/portway/load": {"POST": "post_load"},
+    "/portway/unload": {"POST": "post_unload"},
 }
 
 
@@ -466,6 +470,18 @@ class Handler(BaseHTTPRequestHandler):
         """GET /metrics, for Prometheus."""
         self.respond(200, {"Content-Type": CONTENT_TYPE}, self.server.daemon.metrics.render())
 
+    def get_residency(self, _rest: str) -> None:
+        """GET /portway/residency."""
+        self.respond(200, {}, dumps(residency_api.overview(self.server.daemon.residency, self.watch)))
+
+    def post_load(self, raw: bytes) -> None:
+        """POST /portway/load."""
+        self.respond(200, {}, dumps(residency_api.load(self.server.daemon.residency, loads_object(raw), self.watch)))
+
+    def post_unload(self, raw: bytes) -> None:
+        """POST /portway/unload."""
+        self.respond(200, {}, dumps(residency_api.unload(self.server.daemon.residency, loads_object(raw), self.watch)))
+
     # writing
 
     def send(self, data: bytes) -> None:
@@ -736,12 +752,13 @@ class Daemon:
         self._say = say or _to_stderr
         self.log = log
         self.cache = cache
+        self.residency = Residency(config, say=self._say)
         self._flights: Flights[Shared] = Flights()
         self._cooling = Cooling(config.cooldown)
         self._problem: str | None = None  # why the newest configuration is not in force
         self.state = self._build(config)
         self._server = Server(self)
-        self._vitals = Vitals(self._server, self._cooling, log, cache)
+        self._vitals = Vitals(self._server, self._cooling, self.residency, log, cache)
         self.metrics = Metrics(config.models, self._vitals.readings())
         self._thread = threading.Thread(target=self._server.serve_forever, name="portway-accept", daemon=True)
 
@@ -759,6 +776,7 @@ class Daemon:
     def start(self) -> None:
         """Accept connections, on a thread of its own."""
         self._thread.start()
+        self.residency.start()
         threading.Thread(target=self._look_around, name="portway-catalogue", daemon=True).start()
 
     def stop(self, drain: float | None = None) -> bool:
@@ -770,6 +788,7 @@ class Daemon:
         if self._thread.is_alive():
             self._server.shutdown()
         self._server.server_close()
+        self.residency.stop()
         self.state.close()
         return ended
 
@@ -777,6 +796,7 @@ class Daemon:
         """Serve by another configuration from the next request on. The address stays the one it listens on."""
         server = replace(config.server, host=self.state.config.server.host, port=self.state.config.server.port)
         config = replace(config, server=server)
+        self.residency.adopt(config)
         old, self.state = self.state, self._build(config)
         if self.log:
             self.log.price = Price(config.price.input, config.price.output)
@@ -807,7 +827,7 @@ class Daemon:
         )
 
     def _build(self, config: Config) -> State:
-        return State.of(config, self._cooling, self.cache, self._flights)
+        return State.of(config, self._cooling, self.cache, self._flights, self.residency)
 
     def _look_around(self) -> None:
         """Ask the backends what they have, and say what is missing."""
@@ -823,7 +843,7 @@ def _to_stderr(text: str) -> None:
 
 def serve(config: Config, *, config_path: str | None, environ: Mapping[str, str]) -> int:
     """Serve until SIGTERM or SIGINT; reload on SIGHUP and when the file has changed. The exit code."""
-    log, cache = _open_log(config, environ), _open_cache(config, environ)
+    log, cache = open_log(config, environ), open_cache(config, environ)
     try:
         daemon = Daemon(config, log=log, cache=cache)
     except OSError as exc:
@@ -852,22 +872,6 @@ def _cannot_listen(host: str, port: int, exc: OSError) -> str:
 
     holder = describe(host, port) if exc.errno == errno.EADDRINUSE else ""
     return f"can't listen on {host}:{port}: {exc.strerror}; stop {holder or 'what does'}, or change server.port"
-
-
-def _open_log(config: Config, environ: Mapping[str, str]) -> Log | None:
-    """The log as the configuration at the start has it."""
-    if not config.log.enabled:
-        return None
-    price = Price(config.price.input, config.price.output)
-    path = config.log.file or log_path(environ)
-    return Log(path, max_bytes=config.log.max_size, keep=config.log.keep, price=price)
-
-
-def _open_cache(config: Config, environ: Mapping[str, str]) -> Cache | None:
-    if not config.cache.enabled:
-        return None
-    lifetime = max((model.cache for model in config.models.values()), default=0.0)
-    return Cache(config.cache.file or default_path(environ), config.cache.max_size, lifetime or LIFETIME)
 
 
 def _attend(daemon: Daemon, watcher: ConfigWatcher, events: SimpleQueue[str]) -> None:

@@ -504,14 +504,15 @@ class Residency:
         """Unload what the ledger has as leaving, and tell it what came of that."""
         backend = resident.runner.backend
         engine = self._engines.get(backend)
-        gone = False
+        gone, spared = False, 0.0  # who leaves in the middle says nothing against trying again
         try:
             told = resident.told or resident.runner.name
             if engine is not None and not engine.is_busy(told, watch):
                 engine.unload(told, watch)
                 gone = await_gone(engine, resident.runner.name, watch, min(until, time.monotonic() + UNLOADING))
+            spared = SPARED
         except BackendError as exc:
-            gone = exc.reason in _GONE
+            gone, spared = exc.reason in _GONE, SPARED
             if gone or exc.reason in _SILENT:
                 self._hard_of_hearing(backend, exc)
         finally:
@@ -520,7 +521,7 @@ class Residency:
                 if gone:
                     self._ledger.left(resident, now)
                 else:
-                    self._ledger.stayed(resident, now + SPARED, now)
+                    self._ledger.stayed(resident, now + spared, now)
                 rung = self._turn(now)
             _ring(rung)
         return gone
@@ -739,7 +740,7 @@ class Residency:
     def _due(self, resident: Resident) -> float | None:
         """Under the lock: when it is to be unloaded, where its server does not do so by itself."""
         seat, engine = self._seats.get(resident.last), self._engines.get(resident.runner.backend)
-        if seat is None or engine is None or engine.expires or resident.fixed or not resident.ours:
+        if seat is None or engine is None or engine.expires or resident.fixed:
             return None
         keep_alive = seat.model.keep_alive
         if keep_alive is None or keep_alive < 0 or resident.users or resident.status != LOADED:
@@ -755,7 +756,7 @@ class Residency:
         """Under the lock: whether a server that drops models by itself has been told something else by another
         client. One that is about to go is let go: telling it anything might load it again."""
         seat = self._seats.get(resident.last)
-        if seat is None or resident.left is None or not resident.ours or resident.users or resident.status != LOADED:
+        if seat is None or resident.left is None or resident.users or resident.status != LOADED:
             return False
         keep_alive = seat.model.keep_alive
         if keep_alive is None or seat.shape != resident.shape or resident.left < TOLERANCE:

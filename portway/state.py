@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Any, Self
 from portway.answers import Answers, Shared
 from portway.backend_ollama import OllamaBackend
 from portway.backend_openai import OpenAIBackend
+from portway.cache import LIFETIME, Cache
+from portway.cache_file import default_path
 from portway.cascade import CascadeBackend
 from portway.catalogue import Catalogue
 from portway.config import PANELS
@@ -17,9 +19,9 @@ from portway.council import CouncilBackend
 from portway.guards import Guards
 from portway.residency import anywhere
 from portway.routing import Router
+from portway.telemetry import Log, Price, log_path
 
 if TYPE_CHECKING:
-    from portway.cache import Cache
     from portway.call import Backend
     from portway.config import Config, Model
     from portway.flights import Flights
@@ -88,3 +90,20 @@ class State:
 
 
 _KINDS: Mapping[str, Callable[[Any], Backend]] = {"ollama": OllamaBackend, "openai": OpenAIBackend}
+
+
+def open_log(config: Config, environ: Mapping[str, str]) -> Log | None:
+    """The log that `config` wants; None = none. It outlives reloads."""
+    if not config.log.enabled:
+        return None
+    price = Price(config.price.input, config.price.output)
+    path = config.log.file or log_path(environ)
+    return Log(path, max_bytes=config.log.max_size, keep=config.log.keep, price=price)
+
+
+def open_cache(config: Config, environ: Mapping[str, str]) -> Cache | None:
+    """The cache that `config` wants; None = none. It outlives reloads."""
+    if not config.cache.enabled:
+        return None
+    lifetime = max((model.cache for model in config.models.values()), default=0.0)
+    return Cache(config.cache.file or default_path(environ), config.cache.max_size, lifetime or LIFETIME)

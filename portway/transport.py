@@ -43,8 +43,8 @@ class Patience:
     """How long one attempt may keep its reader waiting, and what it is called when it does not.
 
     Before the first content: `first_token` from the start, and `answer_by`. After it: `idle` since the
-    last content (`content()` says so each time; a server's pings are none), and the deadline. `plain` is for an answer that comes in
-    one piece, of which nothing can be known but whether it came by `answer_by`.
+    last content (`content()` says so each time; a server's pings are none), and the deadline. `plain`
+    is for an answer in one piece, of which nothing can be known but whether it came by `answer_by`.
     """
 
     __slots__ = ("_heard", "_limits", "_plain", "_started")

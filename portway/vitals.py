@@ -5,11 +5,12 @@ from __future__ import annotations
 import time
 from typing import TYPE_CHECKING, Any, Protocol
 
-from portway import __version__
+from portway import __version__, residency_api
 from portway.metrics import Reading
 
 if TYPE_CHECKING:
     from portway.cache import Cache
+    from portway.residency import Residency
     from portway.routing import Cooling
     from portway.state import State
     from portway.telemetry import Log
@@ -31,9 +32,12 @@ class Serving(Protocol):
 class Vitals:
     """Reads the daemon's parts. log, cache: None = there is none."""
 
-    def __init__(self, server: Serving, cooling: Cooling, log: Log | None, cache: Cache | None) -> None:
+    def __init__(
+        self, server: Serving, cooling: Cooling, residency: Residency, log: Log | None, cache: Cache | None
+    ) -> None:
         self._server = server
         self._cooling = cooling
+        self._residency = residency
         self._log = log
         self._cache = cache
         self._started = time.time()
@@ -49,6 +53,7 @@ class Vitals:
             "connections": self._server.connections,
             "unreachable": {name: error.message for name, error in state.catalogue.problems().items()},
             "cooling": [{"backend": b, "model": model, "seconds": round(left, 1)} for (b, model), left in cooling],
+            "memory": residency_api.health(self._residency),
             "log": self._log_health(),
             "cache": self._cache_health(),
         }
@@ -59,6 +64,7 @@ class Vitals:
         return [
             Reading("in_flight", "Requests under way.", lambda: server.in_flight.count),
             Reading("queue", "Requests that wait for a thread.", lambda: server.workers.waiting),
+            Reading("loaded_model", "Bytes of each model in memory.", self._loaded),
             Reading("connections", "Open client connections.", lambda: server.connections),
             Reading("cooling_targets", "Targets that are skipped for a while.", lambda: len(self._cooling.cooling())),
             Reading("log_dropped_total", "Log lines lost.", self._log_dropped, kind="counter"),
@@ -73,6 +79,11 @@ class Vitals:
         if cache is None:
             return None
         return {"dropped": cache.dropped, "problem": cache.problem or None, "notice": cache.notice or None}
+
+    def _loaded(self) -> dict[str, float]:
+        """By the backends' own names of the models: whatever is loaded, configured or not."""
+        residents = self._residency.snapshot().residents
+        return {resident.told or resident.runner.name: float(resident.size) for resident in residents}
 
     def _log_dropped(self) -> float:
         return self._log.dropped if self._log else 0

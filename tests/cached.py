@@ -25,7 +25,7 @@ MODELS = {
     "three": 'model = "llama3.2:3b"\ncache = "1h"\n',
     "thinker": 'model = "qwen3.5:9b"\nthink = true\ncache = "1h"\n',
     "coder": 'model = "qwen3-coder:30b"\n',
-    "chopper": 'model = "chopper"\nnum_ctx = 64\ncache = "1h"\n',
+    "chopper": 'model = "chopper"\nnum_ctx = 256\ncache = "1h"\n',
     "embed": 'model = "nomic-embed-text"\ncapabilities = ["embedding"]\ncache = "1h"\n',
 }
 TOOL = {"type": "function", "function": {"name": "weather", "parameters": {"type": "object"}}}

@@ -215,7 +215,7 @@ class NeverStored(CachedCase):
 
     def test_a_chopped_prompt(self) -> None:
         """The backend threw a part of the question away."""
-        thoughts = {"role": "assistant", "content": "a", "reasoning_content": "word " * 200}
+        thoughts = {"role": "assistant", "content": "a", "reasoning_content": "word " * 600}
         words = [*QUESTION, thoughts, *QUESTION]
         for stream in (False, True):
             with self.subTest(stream=stream):

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import http.server
-import io
 import json
 import math
 import socket
@@ -12,10 +9,10 @@ import threading
 import time
 import unittest
 import urllib.request
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, ClassVar
 
-from portway import config, memory, residency_api, residency_cli
+from portway import config, memory, residency_api
 from portway.arbiter import (
     DOUBTFUL,
     LEAVING,
@@ -147,7 +144,7 @@ class RulesTest(Rules):
         refused = self.enter(self.wish("a", 5))
         assert isinstance(refused, Refuse)
         self.assertEqual(6 * GB, refused.beside)
-        self.ledger.budget = Budget(10 * GB, 20 * GB)
+        self.ledger.budget = Budget(10 * GB, 10 * GB)
         self.assertEqual(Go(load=True), self.enter(self.wish("a", 5)))
 
     def test_the_machine_s_own_measure(self) -> None:
@@ -200,6 +197,28 @@ class RulesTest(Rules):
         self.assertEqual(Go(load=False), self.enter(self.wish("a", 6, at=4.0)))
         self.assertIsNone(self.enter(self.wish("a", 6, at=5.0)))
         self.assertEqual(Go(load=False), self.enter(self.wish("keep", 1, at=5.0)))
+
+    def test_an_old_wish_has_its_room_kept(self) -> None:
+        """Younger ones neither take the memory that an old one waits for, nor unload what it will unload."""
+        self.loaded("idle", 3)
+        busy = self.wish("a", 6)
+        self.enter(busy)
+        self.ledger.began(busy, 0.0)
+        self.assertIsNone(self.enter(self.wish("old", 9)))
+        self.assertIsNone(self.enter(self.wish("fits", 1)))
+        self.assertIsNone(self.enter(self.wish("young", 4)))
+        self.assertEqual({"idle": LOADED, "a": LOADED}, self.statuses())
+
+    def test_what_is_leaving_anyway(self) -> None:
+        """Nothing more is unloaded if what is on its way out makes room enough."""
+        leaver = self.loaded("leaver", 6)
+        self.loaded("idle", 3, backend="two")
+        self.ledger.leaving(self.ledger.residents[leaver.runner])
+        wish = self.wish("b", 6)
+        self.assertIsNone(self.enter(wish))
+        self.assertEqual("another's unloading", wish.why)
+        self.ledger.left(self.ledger.residents[leaver.runner], 1.0)
+        self.assertEqual([(wish, Go(load=True))], self.ledger.turn(1.0))
 
     def test_one_big_load_at_a_time(self) -> None:
         """Another big load waits for the end of the first; a small one does not."""
@@ -263,7 +282,8 @@ class RulesTest(Rules):
         self.ledger.merge("one", [Seen("a", GB)], 6.5, 8.0)
         self.assertEqual({}, self.statuses())
         self.ledger.merge("one", [Seen("b", GB)], 10.0, 10.0)
-        self.ledger.merge("one", [], 9.0, 11.0)
+        self.ledger.merge("one", [Seen("b", GB)], 20.0, 20.0)
+        self.ledger.merge("one", [], 15.0, 21.0)
         self.assertEqual({"b": LOADED}, self.statuses())
 
     def test_a_load_that_was_given_up(self) -> None:
@@ -347,9 +367,12 @@ class Served(unittest.TestCase):
         until = time.monotonic() + seconds
         return self.residency.place(models[name], watch or NoClient(), until, [models[other] for other in others])
 
-    def ask(self, name: str, watch: Any = None) -> bytes:
-        """A whole streamed answer, by way of a place."""
+    def ask(self, name: str, watch: Any = None, *, load: bool = False) -> bytes:
+        """A whole streamed answer, by way of a place. load: no question, the model is only loaded."""
         target = self.config.models[name]
+        if load:
+            self.residency.load(target, NoClient(), time.monotonic() + SOON)
+            return b""
         call = chat(target)
         until = time.monotonic() + SOON
         backend = OllamaBackend(target.backend)
@@ -377,6 +400,11 @@ class Served(unittest.TestCase):
 
     def paths(self, name: str) -> list[str]:
         return [request.path for request in self.standins[name].requests]
+
+    def settle(self) -> None:
+        """A request's end counts only after its answer."""
+        for standin in self.standins.values():
+            self.assertTrue(standin.wait_for(lambda s: s.in_flight == 0))
 
     def in_thread(self, name: str, watch: Any = None) -> Asking:
         asking = Asking(lambda: self.ask(name, watch))
@@ -443,6 +471,24 @@ class ThreadsTest(Served):
             self.assertEqual([], self.residency.snapshot().waiting)
         self.assertNotIn("/api/chat", self.paths("two"))
 
+    def test_it_leaves_just_then(self) -> None:
+        """A client that leaves at the moment in which it is given a place takes nothing with it."""
+        with self.place("a") as held:
+            held.began()
+            watch = Then(held.leave, ClientGone())
+            with self.assertRaises(ClientGone), self.place("c", watch):
+                pass
+        self.assertEqual([0], [resident.users for resident in self.residency.snapshot().residents])
+        self.assertEqual({0}, set(self.residency.snapshot().in_flight.values()))
+        self.ask("b")
+
+    def test_it_is_given_a_place_at_the_last_moment(self) -> None:
+        """What came together with the end of its time is still had."""
+        with self.place("a") as held:
+            held.began()
+            with self.place("c", Then(held.leave, None), seconds=0.0) as place:
+                self.assertTrue(place.wish.loads)
+
     def test_one_load_for_all(self) -> None:
         """Requests for a model that is being loaded join its load."""
         first = self.place("a")
@@ -486,6 +532,7 @@ class ThreadsTest(Served):
     def test_what_its_server_dropped(self) -> None:
         """A model that went by itself is seen to have gone, and costs nothing."""
         self.ask("a")
+        self.settle()
         self.standins["one"].memory.unload(self.standins["one"].owner, self.standins["one"].models["a"])
         self.residency._hearing["one"].looked_at = -math.inf
         self.residency.refresh(NoClient())
@@ -558,6 +605,55 @@ class ThreadsTest(Served):
         return ours, theirs
 
 
+class TightTest(Served):
+    memory_options = 'budget = "6500MB"\nmin_stay = 0\npatience = 0\n'
+
+    def test_it_leaves_while_others_are_unloaded(self) -> None:
+        """What has been told to go is in doubt, what has not stays loaded; neither is lost."""
+        self.ask("b")
+        self.ask("embed", load=True)
+        with self.assertRaises(ClientGone), self.place("c", Then(lambda: None, ClientGone())):
+            pass
+        self.assertEqual({"b": DOUBTFUL, "embed": LOADED}, self.known())
+        self.assertIn(b"[DONE]", self.ask("c"))
+
+    def test_the_machine_is_not_measured_while_something_loads(self) -> None:
+        """What loads counts in full and has not taken its memory yet, so the sum would be too high."""
+        auto = config.parse(self.toml(""), "models.toml", {})
+        readings = [memory.Reading(24 * GB, 10 * GB)]
+        residency = Residency(auto, read=lambda: readings[-1])
+        self.addCleanup(residency.stop)
+        residency.refresh(NoClient())
+        self.assertEqual(8 * GB, residency.snapshot().budget.now)
+        place = residency.place(auto.models["a"], NoClient(), time.monotonic() + SOON)
+        readings.append(memory.Reading(24 * GB, 9 * GB))
+        residency.refresh(NoClient())
+        self.assertEqual(8 * GB, residency.snapshot().budget.now)
+        place.began()
+        residency.refresh(NoClient())
+        self.assertEqual(13, (residency.snapshot().budget.now or 0) // GB)
+        assert isinstance(place, Place)
+        place.leave()
+
+
+class Then(NoClient):
+    """A Watch whose first wait ends after something has happened: with an error, or as if time were over."""
+
+    def __init__(self, happens: Callable[[], object], error: Exception | None) -> None:
+        self._happens = happens
+        self._error = error
+        self._happened = False
+
+    def readable(self, sock: socket.socket, until: float) -> bool:
+        if self._happened:
+            return super().readable(sock, until)
+        self._happened = True
+        self._happens()
+        if self._error is not None:
+            raise self._error
+        return False
+
+
 class QueueTest(Served):
     backends: ClassVar = {"one": "max_parallel = 1\nmax_queue = 1"}
 
@@ -622,102 +718,6 @@ class WarmTest(Served):
             self.assertTrue(place.wish.loads)
 
 
-class PolicyTest(Served):
-    """keep_alive is kept to, whatever other clients say."""
-
-    models: ClassVar = {"b": "keep_alive = -1", "c": 'keep_alive = "30s"', "embed": 'keep_alive = "5m"'}
-
-    def told(self, name: str, model: str, keep_alive: object) -> None:
-        """Another client's own word."""
-        body = {"model": model, "messages": [], "keep_alive": keep_alive, "shift": False, "options": {"num_ctx": 512}}
-        self.settle()
-        post(f"{self.standins[name].url}/api/chat", body)
-        self.settle()
-
-    def settle(self) -> None:
-        """A request's end counts only after its answer."""
-        for standin in self.standins.values():
-            self.assertTrue(standin.wait_for(lambda s: s.in_flight == 0))
-
-    def left(self) -> dict[str, float]:
-        return {resident.model.name: left for resident, left in self.memory.residents()}
-
-    def check(self) -> None:
-        for hearing in self.residency._hearing.values():
-            hearing.looked_at = -math.inf
-        self.residency.check()
-        self.settle()
-
-    def test_repaired(self) -> None:
-        """A keep_alive that another client has changed is told anew, in either direction, once."""
-        for name, backend, keep_alive, least, most in (
-            ("a", "one", "24h", 0, 301),
-            ("c", "two", -1, 0, 31),
-            ("a", "one", "20s", 290, 301),
-        ):
-            with self.subTest(name=name, keep_alive=keep_alive):
-                self.ask(name)
-                self.told(backend, name, keep_alive)
-                self.check()
-                self.assertTrue(least <= self.left()[name] <= most, self.left())
-                before = len(self.paths(backend))
-                self.check()
-                self.assertNotIn("/api/chat", self.paths(backend)[before:])
-        self.assertEqual(0, self.memory.stats().reloads)
-
-    def test_for_ever(self) -> None:
-        """Also where the policy is to keep it for ever."""
-        self.ask("b")
-        self.told("one", "b", "5m")
-        self.check()
-        self.assertGreater(self.left()["b"], 1e8)
-
-    def test_nothing_is_loaded(self) -> None:
-        """A model that is gone stays gone; one that was never used through Portway is another's business."""
-        self.ask("a")
-        self.told("one", "a", 0)
-        self.told("two", "c", "24h")
-        loads = self.memory.stats().loads
-        self.check()
-        self.assertEqual((loads, {"c"}), (self.memory.stats().loads, self.in_memory()))
-        self.assertGreater(self.left()["c"], 80_000)
-
-    def test_another_window(self) -> None:
-        """A model that another client has loaded with another window is left alone: telling it would reload it."""
-        self.ask("a")
-        post(f"{self.standins['one'].url}/api/chat", {"model": "a", "messages": [], "options": {"num_ctx": 99}})
-        self.check()
-        self.assertEqual([99], [resident.num_ctx for resident, _ in self.memory.residents()])
-
-    def test_the_monitor(self) -> None:
-        """It starts, looks after a load, and ends."""
-        self.residency.start()
-        self.ask("a")
-        wait_for(lambda: self.residency._seats["a"].measured, "the monitor's look")
-        self.residency.stop()
-        thread = self.residency._thread
-        assert thread is not None
-        self.assertFalse(thread.is_alive())
-
-    def test_embeddings(self) -> None:
-        """A model that can't chat is loaded and unloaded as well."""
-        model = self.config.models["embed"]
-        self.residency.load(model, NoClient(), time.monotonic() + SOON)
-        self.assertEqual({"embed"}, self.in_memory())
-        self.assertTrue(self.residency.unload(model, NoClient(), time.monotonic() + SOON))
-        self.assertEqual(set(), self.in_memory())
-
-
-class PreloadTest(Served):
-    models: ClassVar = {"a": "preload = true", "giant": "preload = true"}
-
-    def test_at_the_start(self) -> None:
-        """What is to be there from the start is loaded; what can't be is told."""
-        self.residency.start()
-        wait_for(lambda: "a" in self.in_memory() and bool(self.said), "the preloading")
-        self.assertIn("giant could not be loaded at the start: giant needs", self.said[0])
-
-
 class RouterTest(Served):
     """The router takes a place for each attempt."""
 
@@ -757,117 +757,6 @@ class RouterTest(Served):
         self.assertEqual({"b"}, self.in_memory())
         served.answer.close()
         self.assertIn(b"[DONE]", waiting.outcome())
-
-
-# --- people ---------------------------------------------------------------------------------------
-
-
-class PeopleTest(Served):
-    models: ClassVar = {"a": 'default = true\nkeep_alive = "5m"\naliases = ["gpt"]'}
-
-    def test_load_and_unload(self) -> None:
-        """A model is loaded and unloaded by name or alias; one in use is not unloaded, an unknown one is a 404."""
-        watch = NoClient()
-        self.assertTrue(residency_api.load(self.residency, {"model": "gpt"}, watch)["loaded"])
-        self.assertEqual({"a"}, self.in_memory())
-        with self.place("a"), self.assertRaises(ClientError) as caught:
-            residency_api.unload(self.residency, {"model": "a"}, watch)
-        self.assertEqual(409, caught.exception.status)
-        self.assertEqual([True, False], [
-            residency_api.unload(self.residency, {"model": "a"}, watch)["unloaded"] for _ in range(2)
-        ])  # fmt: skip
-        self.assertEqual(set(), self.in_memory())
-        for body in ({"model": "nobody"}, {}, 5):
-            with self.assertRaises(ClientError):
-                residency_api.load(self.residency, body, watch)
-
-    def test_overview(self) -> None:
-        """What is loaded, what waits, and what would fit, alone and beside the usual model."""
-        self.ask("a")
-        with self.place("a"):
-            waiting = self.in_thread("c")
-            self.await_waiting(1)
-            said = json.loads(json.dumps(residency_api.overview(self.residency, NoClient())))
-        waiting.outcome()
-        self.assertEqual(("set", 10 * GB), (said["memory"]["budget"], said["memory"]["limit"]))
-        [loaded] = said["loaded"]
-        shown = [loaded[key] for key in ("names", "model", "in_flight", "num_ctx")]
-        self.assertEqual([["a"], "a:latest", 1, 512], shown)
-        self.assertEqual(("c", "a:latest to be idle"), (said["waiting"][0]["model"], said["waiting"][0]["for"]))
-        fits = {model["name"]: (model["fits"], model["fits_beside"]) for model in said["models"]}
-        self.assertEqual((True, True), fits["a"])
-        self.assertEqual((True, False), fits["b"])
-        self.assertEqual((False, False), fits["giant"])
-        self.assertEqual((True, True), fits["embed"])
-        self.assertEqual("ollama", said["backends"]["one"]["server"])
-
-    def test_the_commands(self) -> None:
-        """ps, models, load and unload print what the daemon says; each way of failing has its own exit code."""
-        with Api(self.residency) as port:
-            toml = self.toml(self.memory_options) + f"[server]\nport = {port}\n"
-            parsed = config.parse(toml, "models.toml", {})
-            status, out, _ = self.run_command(parsed, "ps")
-            self.assertEqual((0, "Nothing is loaded."), (status, out.splitlines()[1]))
-            status, out, _ = self.run_command(parsed, "load", "a")
-            self.assertEqual(0, status)
-            self.assertRegex(out, r"^a: loaded, after \d+\.\d s\n$")
-            status, out, _ = self.run_command(parsed, "ps")
-            self.assertRegex(out, r"^\[#{24}\.{16}\] 6\.[01] GB of 10\.0 GB \(memory\.budget\)\n")
-            self.assertRegex(out, r"\na +a:latest +one +6\.[01] GB +512 +loaded +0 +5m\n$")
-            _, out, _ = self.run_command(parsed, "models")
-            self.assertRegex(out, r"\ngiant +giant +two +~20\.\d GB +yes +no +no +no\n")
-            self.assertEqual((1, ""), self.run_command(parsed, "load", "giant")[:2])
-            self.assertEqual((0, "a: unloaded\n"), self.run_command(parsed, "unload", "a")[:2])
-            self.assertEqual(2, self.run_command(parsed, "load")[0])
-            self.assertEqual(2, self.run_command(parsed, "ps", "now")[0])
-            self.assertIn("models", json.loads(self.run_command(parsed, "models", "--json")[1]))
-        self.assertEqual(3, self.run_command(parsed, "ps")[0])
-        self.assertIn("usage: portway ps", self.run_command(parsed, "ps", "--help")[1])
-
-    def run_command(self, parsed: config.Config, *words: str) -> tuple[int, str, str]:
-        out, err = io.StringIO(), io.StringIO()
-        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-            status = residency_cli.main(words[0], words[1:], parsed)
-        return status, out.getvalue(), err.getvalue()
-
-
-class Api:
-    """The three routes, over HTTP, before one Residency."""
-
-    def __init__(self, residency: Residency) -> None:
-        class Handler(http.server.BaseHTTPRequestHandler):
-            def do_GET(self) -> None:
-                self.answer(lambda: residency_api.overview(residency, NoClient()))
-
-            def do_POST(self) -> None:
-                body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-                act = residency_api.load if self.path.endswith("/load") else residency_api.unload
-                self.answer(lambda: act(residency, body, NoClient()))
-
-            def answer(self, run: Any) -> None:
-                status = 200
-                try:
-                    said = run()
-                except (BackendError, ClientError) as exc:
-                    status, said = exc.status, exc.envelope()
-                content = json.dumps(said).encode()
-                self.send_response(status)
-                self.send_header("Content-Length", str(len(content)))
-                self.end_headers()
-                self.wfile.write(content)
-
-            def log_message(self, *_: object) -> None:
-                pass
-
-        self._server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-
-    def __enter__(self) -> int:
-        threading.Thread(target=self._server.serve_forever, daemon=True).start()
-        return int(self._server.server_address[1])
-
-    def __exit__(self, *_: object) -> None:
-        self._server.shutdown()
-        self._server.server_close()
 
 
 def chat(target: config.Model) -> Call:

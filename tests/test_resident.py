@@ -75,6 +75,12 @@ class LlamaServerTest(unittest.TestCase):
         slots = threading.Thread(target=self.generate, daemon=True)
         slots.start()
         wait_for(lambda: engine.is_busy("right", NoClient()), "a busy slot")
+        with self.assertRaises(BackendError) as caught:
+            self.residency.unload(self.config.models["right"], NoClient(), time.monotonic() + 30.0)
+        self.assertEqual("busy", caught.exception.reason)
+        self.assertEqual("loaded", self.statuses()["right"])
+        self.server.kill()  # it would let its answer end
+        slots.join(SOON)
 
     def generate(self) -> None:
         try:

@@ -68,6 +68,14 @@ class AtOnce(FlightCase):
         told = [(answer.header("x-cache"), answer.header("age")) for answer in answers]
         self.assertEqual([("MISS", None), ("HIT", "0")], told)
 
+    def test_warnings_are_shared(self) -> None:
+        """What could not be done for one could not be done for any of them."""
+        self.backend.fail("/api/chat", "hang")
+        with self.together([chat("three", logit_bias={"1": 2})] * 2) as clients:
+            self.backend.release()
+            told = [client.response().header("x-portway-warning") for client in clients]
+        self.assertEqual(["ignored(logit_bias)"] * 2, told)
+
     def test_heartbeats_reach_who_waits(self) -> None:
         """A streaming client hears that somebody is there, and then from the stream itself who answers."""
         self.backend.fail("/api/chat", "hang")
@@ -272,12 +280,15 @@ class Failing(CachedCase):
         gate = threading.Event()
         events = sse_body([delta(content="x" * 5_000_000), delta(content="y" * 5_000_000), finish()])
         long: list[Action] = [gate, stream_head(), *map(chunk, events), LAST_CHUNK]
-        short = [stream_head(), *map(chunk, sse_body([delta(content="Hello."), finish()])), LAST_CHUNK]
+        again = threading.Event()
+        short = [again, stream_head(), *map(chunk, sse_body([delta(content="Hello."), finish()])), LAST_CHUNK]
         with Target(long, then=short) as target, self.together(target, [True] * 3) as clients:
             gate.set()
-            answers = [client.response() for client in clients]
+            first = clients[0].response()
+            wait_for(lambda: len(target.asked) == 3, "the others' own requests")
+            again.set()
+            answers = [first, *(client.response() for client in clients[1:])]
             self.assertEqual([10_000_000, 6, 6], [len(text_of(answer)) for answer in answers])
-            self.assertEqual(3, len(target.asked))
 
 
 if __name__ == "__main__":

@@ -48,9 +48,9 @@ class Measurement:
         return ours - base if whose == "added" else ours / base
 
     def meets(self, goal: Goal) -> bool | None:
-        """Whether it does; None if the figure is not known."""
+        """Whether it does; None if the figure is not known. Less than nothing added is noise, and no merit."""
         value = self.value(goal.key)
-        if value is None:
+        if value is None or (goal.key.startswith("added.") and value < 0):
             return None
         return value >= goal.limit if goal.at_least else value <= goal.limit
 
@@ -133,7 +133,8 @@ def summary(results: Sequence[Mapping[str, Any]], what: str) -> dict[str, float]
 
 def _problem(result: Mapping[str, Any]) -> str:
     bad = result["errors"] + result["unfinished"]
-    return f"{result['errors']} errors, {result['unfinished']} unfinished. {result['problem']}" if bad else ""
+    said = " ".join(result["problem"].split())[:120]
+    return f"{result['errors']} errors, {result['unfinished']} unfinished. {said}" if bad else ""
 
 
 def _difference(ours: Mapping[str, float], base: Mapping[str, float] | None) -> dict[str, float]:

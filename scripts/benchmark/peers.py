@@ -53,7 +53,7 @@ LITELLM = """\
 model_list:
   - model_name: {model}
     litellm_params: {{model: openai/{model}, api_base: "http://127.0.0.1:{upstream}/v1", api_key: none}}
-general_settings: {{disable_spend_logs: true}}
+general_settings: {{disable_spend_logs: true, dangerously_permit_weak_or_unset_master_key: true}}
 litellm_settings: {{telemetry: false}}
 """
 
@@ -115,7 +115,7 @@ def peers(world: World, effort: Effort) -> Iterator[Measurement]:
                 missing.append(f"{name}: not installed")
                 continue
             process, target = _start(world, stack, name, peer, program)
-            if problem := _answers(world, target):
+            if problem := _answers(world, process, target):
                 missing.append(f"{name}: {problem}")
                 continue
             targets[name], pids[name] = target, process.pid
@@ -145,11 +145,15 @@ def _start(world: World, stack: ExitStack, name: str, peer: Peer, program: str) 
     return process, Target(port, PLAIN, headers=peer.headers(world.upstream))
 
 
-def _answers(world: World, target: Target) -> str:
+def _answers(world: World, process: Process, target: Target) -> str:
     """Why it does not answer; "" once it does."""
     until = time.monotonic() + START
     problem = f"does not listen after {START:g} s"
     while time.monotonic() < until:
+        try:
+            process.check()
+        except RuntimeError as exc:
+            return str(exc)[-300:]
         try:
             socket.create_connection(("127.0.0.1", target.port), 1).close()
             result = Load(world.tools, world.folder, target, Ask(), Shape(count=1, seconds=5)).result()

@@ -17,6 +17,8 @@ from scripts.benchmark.world import ROOT
 
 HEADINGS = ("measurement", "who", "p50 us", "p99 us", "per s", "CPU us", "added p50", "added p99", "x direct")
 
+QUIET = 0.25  # of each processor, over the last minute: what may go on beside a measurement
+
 INTRODUCTION = """\
 # Performance
 
@@ -108,7 +110,7 @@ def about(tools: Tools) -> dict[str, Any]:
         "system": f"{platform.system()} {platform.release()}",
         "processor": _processor(),
         "processors": os.cpu_count(),
-        "load average at the start": _load_average(),
+        "load average at the start": _load_average() + _warning(),
         "load generator and upstream": tools.made_by,
     }
 
@@ -123,6 +125,11 @@ def finish(about: dict[str, Any], seconds: float) -> None:
     """What is only known at the end."""
     about["load average at the end"] = f"{_load_average()} (the benchmark's own load included)"
     about["seconds"] = round(seconds)
+
+
+def _warning() -> str:
+    busy = os.getloadavg()[0] > QUIET * (os.cpu_count() or 1)
+    return ": THE MACHINE IS NOT QUIET, SO TIMES AND RATES MEAN LITTLE" if busy else ""
 
 
 def _load_average() -> str:

@@ -21,7 +21,7 @@ from typing import Self
 from scripts.benchmark.native import Target, Tools, build
 
 ROOT = Path(__file__).resolve().parent.parent.parent
-START = 60.0  # seconds until a process must answer; LiteLLM needs more than ten
+START = 120.0  # seconds until a process must answer; LiteLLM needs more than ten
 END = 10.0  # seconds a process has between SIGTERM and SIGKILL
 
 # What the upstream makes of a model's name stands in upstream.c: KIND-GAP-COUNT.
