@@ -422,8 +422,6 @@ class Ledger:
         """Unload what has to go, or wait until it may. Where nothing more can go the load goes ahead: what
         could be refused has been."""
         gone_soon = sum(r.size for r in movable if r.status == LEAVING)
-        if gone_soon and over <= gone_soon:
-            return Wait("another's unloading", for_memory=True)
         plan = _plan([r for r in movable if r.status != LEAVING], over - gone_soon, now)
         if not plan:
             return Wait("another's unloading", for_memory=True) if gone_soon else Go(load=True)

@@ -496,6 +496,8 @@ class Residency:
             with self._lock:
                 for victim in left[1:]:
                     self._ledger.kept(victim)
+                if left:  # its client has gone: it wants nothing more
+                    self._ledger.leave(ticket.wish)
                 self._ledger.cleared(ticket.wish)
                 rung = self._turn(time.monotonic())
             _ring(rung)

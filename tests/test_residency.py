@@ -667,6 +667,15 @@ class QueueTest(Served):
             self.assertGreaterEqual(error.retry_after or 0.0, 1.0)
         self.assertIn(b"[DONE]", waiting.outcome())
 
+    def test_it_leaves_just_then(self) -> None:
+        """A place that is given to a client that leaves in this moment goes to the next one."""
+        with self.place("a") as held:
+            held.began()
+            with self.assertRaises(ClientGone), self.place("a", Then(held.leave, ClientGone())):
+                pass
+        self.assertEqual({0}, set(self.residency.snapshot().in_flight.values()))
+        self.assertIn(b"[DONE]", self.ask("a"))
+
     def test_first_come_first_served(self) -> None:
         """Places are given in the order in which they were asked for."""
         held = self.place("a")

@@ -281,7 +281,8 @@ class Failing(CachedCase):
         events = sse_body([delta(content="x" * 5_000_000), delta(content="y" * 5_000_000), finish()])
         long: list[Action] = [gate, stream_head(), *map(chunk, events), LAST_CHUNK]
         again = threading.Event()
-        short = [again, stream_head(), *map(chunk, sse_body([delta(content="Hello."), finish()])), LAST_CHUNK]
+        hello = sse_body([delta(content="Hello."), finish()])
+        short: list[Action] = [again, stream_head(), *map(chunk, hello), LAST_CHUNK]
         with Target(long, then=short) as target, self.together(target, [True] * 3) as clients:
             gate.set()
             first = clients[0].response()
