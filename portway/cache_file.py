@@ -435,7 +435,7 @@ def _connect(path: str, patience: float) -> sqlite3.Connection:
     """mode=rw: a file that is missing must not be made here, with anybody's rights."""
     escaped = path.replace("%", "%25").replace("?", "%3f").replace("#", "%23")
     uri = f"file:{escaped}?mode=rw"
-    db = sqlite3.connect(uri, patience, isolation_level=None, check_same_thread=False, uri=True)
+    db = sqlite3.connect(uri, timeout=patience, isolation_level=None, check_same_thread=False, uri=True)
     try:
         db.execute(f"PRAGMA cache_size = -{PAGE_CACHE}")
     except BaseException:

@@ -49,6 +49,7 @@ if TYPE_CHECKING:
     from portway.config import Backend, Config, Model
     from portway.config import Memory as Rule
 
+GLANCE = 1.0  # seconds a look may take on a request's way; it is answered from memory, in milliseconds
 FRESH = 1.0  # seconds a look at the backends is believed; one is taken before each load
 DEAF = 5.0  # seconds before a backend that did not answer is asked again
 MUTE = 60.0  # seconds before one that does not tell what it has loaded is asked again
@@ -410,7 +411,8 @@ class Residency:
     def _arrange(self, seat: Seat, watch: Watch, until: float, others: Iterable[Model]) -> Wish:
         """What `place` does if the model is not simply there. The wish, granted."""
         if seat.engine is not None:
-            self._look_around(watch)
+            # of a request's time only a small part: a server that does not answer now is for its attempt to find out
+            self._look_around(watch, min(GLANCE, max(0.0, until - time.monotonic()) / 4))
             seat = self._seats.get(seat.model.name, seat)
         if seat.model.prefer_warm:
             self._refuse_cold(seat, until, others)
@@ -595,20 +597,21 @@ class Residency:
 
     # --- looking
 
-    def _look_around(self, watch: Watch) -> None:
-        """Before a load: what this machine and all backends have now."""
+    def _look_around(self, watch: Watch, seconds: float = math.inf) -> None:
+        """Before a load: what this machine and all backends have now, as far as they say so within `seconds`."""
+        until = time.monotonic() + seconds
         reading = self._read() if self._config.memory.budget is None else memory.Reading()
         with self._lock:
             engines = list(self._engines.items())
         for name, engine in engines:
             hearing = self._hearing.get(name)
             if hearing is not None and time.monotonic() - hearing.looked_at > FRESH:
-                self._look(name, engine, watch)
+                self._look(name, engine, watch, until)
         with self._lock:
             self._reading = reading
             self._set_budget()
 
-    def _look(self, backend: str, engine: Engine, watch: Watch) -> None:
+    def _look(self, backend: str, engine: Engine, watch: Watch, until: float = math.inf) -> None:
         """Ask one backend, unless it is known not to answer."""
         hearing = self._hearing.get(backend)
         began = time.monotonic()
@@ -616,7 +619,7 @@ class Residency:
             return
         models = [model for model in self._config.models.values() if model.backend.name == backend]
         try:
-            seen = engine.look(models, watch)
+            seen = engine.look(models, watch, until)
         except BackendError as exc:
             self._hard_of_hearing(backend, exc)
             return

@@ -11,6 +11,7 @@ follows from an answer is decided elsewhere (arbiter.py). What no such server an
 
 from __future__ import annotations
 
+import math
 import os
 import re
 import time
@@ -65,7 +66,7 @@ class Engine(Protocol):
     expires: bool
     measures: bool
 
-    def look(self, models: Sequence[Model], watch: Watch) -> list[Seen] | None:
+    def look(self, models: Sequence[Model], watch: Watch, until: float) -> list[Seen] | None:
         """What is loaded; None = this kind of server does not tell. `models`: those to be `known` from then on."""
         ...
 
@@ -138,9 +139,25 @@ class Server:
         finally:
             reply.close()
 
+    def asking(self, watch: Watch, until: float) -> Ask:
+        """For several questions that have to be answered by then, each within its own time."""
+
+        def ask(method: str, path: str, *, body: Mapping[str, Any] | None = None) -> Any:
+            return self.ask(method, path, watch, body=body, until=min(until, time.monotonic() + QUESTION))
+
+        return ask
+
     def close(self) -> None:
         """Close idle connections."""
         self._pool.close()
+
+
+class Ask(Protocol):
+    """Server.ask with its patience settled."""
+
+    def __call__(self, method: str, path: str, *, body: Mapping[str, Any] | None = None) -> Any:
+        """See Server.ask."""
+        ...
 
 
 class Pauses:
@@ -165,7 +182,7 @@ def await_gone(engine: Engine, runner: str, watch: Watch, until: float) -> bool:
     """Wait until a backend that was told to unload has done so; False if it has not by then."""
     pauses = Pauses(watch, until)
     while True:
-        seen = engine.look((), watch)
+        seen = engine.look((), watch, math.inf)
         if seen is None or all(one.name != runner for one in seen):
             return True
         if not pauses.wait():
@@ -189,12 +206,13 @@ class OllamaEngine:
         self._shown: dict[str, Known] = {}  # digest -> what /api/show says
         self._names: dict[str, str] = {}  # full name -> digest
 
-    def look(self, models: Sequence[Model], watch: Watch) -> list[Seen] | None:
+    def look(self, models: Sequence[Model], watch: Watch, until: float) -> list[Seen] | None:
         """See Engine.look."""
+        ask = self._server.asking(watch, until)
         wanted = {full_name(model.model) for model in models}
         if wanted - self._names.keys():
-            self._list(wanted, watch)
-        return [self._seen(entry, watch) for entry in _entries(self._server.ask("GET", "/api/ps", watch), "models")]
+            self._list(wanted, ask)
+        return [self._seen(entry, ask) for entry in _entries(ask("GET", "/api/ps"), "models")]
 
     def known(self, model: Model) -> Known:
         """See Engine.known."""
@@ -231,27 +249,27 @@ class OllamaEngine:
         """See Engine.close."""
         self._server.close()
 
-    def _list(self, wanted: set[str], watch: Watch) -> None:
-        entries = _entries(self._server.ask("GET", "/api/tags", watch), "models")
+    def _list(self, wanted: set[str], ask: Ask) -> None:
+        entries = _entries(ask("GET", "/api/tags"), "models")
         self._listed = {
             full_name(str(e.get("name"))): (_count(e.get("size")) or 0, str(e.get("digest"))) for e in entries
         }
         for name in wanted:
             size, digest = self._listed.get(name, (0, ""))
-            self._names[name] = digest
             if digest:
-                self._learn(name, digest, size, watch)
+                self._learn(name, digest, size, ask)
+            self._names[name] = digest  # only now: what could not be learnt is asked for again
 
-    def _learn(self, name: str, digest: str, size: int | None, watch: Watch) -> Known:
+    def _learn(self, name: str, digest: str, size: int | None, ask: Ask) -> Known:
         """What /api/show says of it, once a digest: a name whose content changes gets another one."""
         known = self._shown.get(digest)
         if known is None:
-            known = self._shown[digest] = self._show(name, size, watch)
+            known = self._shown[digest] = self._show(name, size, ask)
         return known
 
-    def _show(self, name: str, size: int | None, watch: Watch) -> Known:
+    def _show(self, name: str, size: int | None, ask: Ask) -> Known:
         try:
-            shown = self._server.ask("POST", "/api/show", watch, body={"model": name})
+            shown = ask("POST", "/api/show", body={"model": name})
         except BackendError as exc:
             if exc.reason not in ("model_not_found", "server_error", "bad_request"):
                 raise
@@ -265,9 +283,9 @@ class OllamaEngine:
         capabilities = frozenset(map(str, said)) if isinstance(said, list) else None
         return Known(blob[1] if blob else name, True, size, per_token(info), trained, capabilities=capabilities)
 
-    def _seen(self, entry: Mapping[str, Any], watch: Watch) -> Seen:
+    def _seen(self, entry: Mapping[str, Any], ask: Ask) -> Seen:
         name = full_name(str(entry.get("name")))
-        known = self._learn(name, str(entry.get("digest")), None, watch)
+        known = self._learn(name, str(entry.get("digest")), None, ask)
         return Seen(
             known.runner,
             _count(entry.get("size")),
@@ -316,9 +334,15 @@ class OpenAIEngine:
         self._server = Server(backend)
         self._known: dict[str, Known] = {}
 
-    def look(self, models: Sequence[Model], watch: Watch) -> list[Seen] | None:  # noqa: ARG002 - its list has them all
+    def look(
+        self,
+        models: Sequence[Model],  # noqa: ARG002 - its list has them all
+        watch: Watch,
+        until: float,
+    ) -> list[Seen] | None:
         """See Engine.look."""
-        listed = _entries(self._server.ask("GET", "/v1/models", watch), "data")
+        ask = self._server.asking(watch, until)
+        listed = _entries(ask("GET", "/v1/models"), "data")
         if any(isinstance(entry.get("status"), dict) for entry in listed):
             self.kind = "llama-server router"
             return self._routed(listed)
@@ -326,9 +350,9 @@ class OpenAIEngine:
             self.kind = "llama-server"
             return self._single(listed[0])
         try:
-            running = self._server.ask("GET", "/running", watch)
+            running = ask("GET", "/running")
         except BackendError as exc:
-            if exc.reason in ("connect_failed", "connect_timeout", "connection_lost"):
+            if exc.reason in ("connect_failed", "connect_timeout", "connection_lost", "answer_timeout"):
                 raise
             running = None
         if isinstance(running, dict) and isinstance(running.get("running"), list):

@@ -33,7 +33,8 @@ TOOL = {"type": "function", "function": {"name": "weather", "parameters": {"type
 
 def configured(url: str, models: Mapping[str, str] = MODELS, rest: str = "") -> str:
     """A models.toml with these models behind one stand-in, which never cools down."""
-    text = f'[cooldown]\nfailures = 1000\n[backends.box]\nkind = "ollama"\nurl = "{url}"\n{rest}'
+    text = "[cooldown]\nfailures = 1000\n[memory]\nenabled = false\n"
+    text += f'[backends.box]\nkind = "ollama"\nurl = "{url}"\n{rest}'
     return text + "".join(f'[models.{name}]\nbackend = "box"\n{lines}' for name, lines in models.items())
 
 

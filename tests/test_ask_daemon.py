@@ -26,6 +26,8 @@ TOML = """
 heartbeat = 0.05
 [cooldown]
 failures = 1000
+[memory]
+enabled = false
 [backends.box]
 kind = "ollama"
 url = "{url}"

@@ -50,6 +50,8 @@ header_timeout = 0.2
 write_timeout = 0.5
 [cooldown]
 failures = 1000
+[memory]
+enabled = false
 [backends.box]
 kind = "ollama"
 url = "{url}"

@@ -125,11 +125,13 @@ class Both:
 
     def test_chat(self: Any) -> None:
         """A plain answer has the logical name, text, true token counts, and in a header who served it."""
-        raw = self.client.chat.completions.with_raw_response.create(model="chat", messages=HELLO, temperature=0)
+        fields = {"model": "chat", "messages": HELLO, "temperature": 0, "max_tokens": 200}
+        raw = self.client.chat.completions.with_raw_response.create(**fields)
         answer = raw.parse()
         self.assertEqual("chat", answer.model)
         self.assertEqual("chat", raw.headers["x-served-by"])
-        self.assertEqual("stop", answer.choices[0].finish_reason)
+        self.assertTrue(answer.choices[0].message.content)
+        self.assertIn(answer.choices[0].finish_reason, ("stop", "length"))
         self.assertGreater(answer.usage.prompt_tokens, 5)
         self.assertEqual(answer.usage.total_tokens, answer.usage.prompt_tokens + answer.usage.completion_tokens)
 

@@ -22,9 +22,15 @@ QUIET = 0.25  # of each processor, over the last minute: what may go on beside a
 INTRODUCTION = """\
 # Performance
 
-Made by `python3 scripts/bench.py {words}`; do not edit. To repeat it on your machine: the same command, with
-nothing else running, a C compiler and Linux. `--quick` takes a minute, `--only NAME` one scenario, `--peers` adds
-what is installed of nginx, haproxy, LiteLLM and Portkey, `--write FILE` writes this page.
+This page is written by the benchmark; do not edit it. To repeat it on your machine, with nothing else running, a C
+compiler and Linux:
+
+```sh
+python3 scripts/bench.py {words}
+```
+
+`--quick` takes a minute, `--only NAME` one scenario, `--peers` adds what is installed of nginx, haproxy, LiteLLM and
+Portkey (their commands `nginx`, `haproxy`, `litellm` and `gateway` on PATH), `--write FILE` writes this page.
 
 Load generator and upstream are C programs of one thread each on the same machine, so that all three share its
 processors; `direct` is the upstream asked without anything between. Everybody is asked the same, in turn, in short

@@ -50,6 +50,7 @@ function shown(error) {
   return { kind: last?.name, status: last?.statusCode, message, body: last?.responseBody };
 }
 
+const settled = { temperature: 0, maxOutputTokens: 200 };
 const quiet = { onError() {} }; // errors are read from the stream, not written to stderr
 
 const scenarios = {
@@ -59,7 +60,7 @@ const scenarios = {
   },
 
   async stream() {
-    return read(streamText({ model, prompt, temperature: 0, ...quiet }));
+    return read(streamText({ model, prompt, ...settled, ...quiet }));
   },
 
   // two calls, both run, and the answer to their results
@@ -81,7 +82,7 @@ const scenarios = {
   },
 
   async reasoning() {
-    return read(streamText({ model: portway("thinker"), prompt, temperature: 0, ...quiet }));
+    return read(streamText({ model: portway("thinker"), prompt, ...settled, ...quiet }));
   },
 
   async embedding() {

@@ -47,7 +47,7 @@ function listening() {
 
 const scenarios = {
   async chat() {
-    const fields = { model: "chat", messages: HELLO, temperature: 0 };
+    const fields = { model: "chat", messages: HELLO, temperature: 0, max_tokens: 200 };
     const { data, response } = await client.chat.completions.create(fields).withResponse();
     return { answer: data, servedBy: response.headers.get("x-served-by") };
   },
