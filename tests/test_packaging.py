@@ -59,8 +59,8 @@ class CloneTest(unittest.TestCase):
 
     def test_standard_library_only(self) -> None:
         """Portway and its scripts import nothing that does not come with Python."""
-        known = sys.stdlib_module_names | {"portway"}
-        for path in (*MODULES, *(ROOT / "scripts").glob("*.py")):
+        known = sys.stdlib_module_names | {"portway", "scripts"}
+        for path in (*MODULES, *(ROOT / "scripts").rglob("*.py")):
             with self.subTest(path=path.name):
                 self.assertEqual(set(), set(imported(path)) - known)
 
