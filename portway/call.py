@@ -199,4 +199,5 @@ class Served:
     attempts: list[Attempt]
     first: bytes = b""
     rest: Iterable[bytes] = ()
+    queued: float = 0.0  # seconds spent waiting for a place in memory or at a backend
     whole: bytes | None = None

@@ -120,6 +120,9 @@ def _config(url: str, first: str, second: str) -> Config:
         model = "portway-demo/not-there:9b"
         family = "second"
         fallback = ["fast-9b"]
+
+        [memory]
+        enabled = {"true" if url == OLLAMA else "false"}  # a stand-in's models take none
     """
     if second != first:
         text += f"""

@@ -99,7 +99,9 @@ class Router:
     def _begin(self, course: _Course, target: Model, watch: Watch) -> Served:
         call = course.call
         limits = course.limits(target)
+        asked = time.monotonic()
         with self._place(target, watch, limits.answer_by, course.later()) as place:
+            course.queued += time.monotonic() - asked
             # from here on the place is given back when the answer is closed
             answer = place.hold(self._backends[target.backend.name].open(call, target, limits, watch))
         try:
@@ -110,12 +112,12 @@ class Router:
             answer.close()
             raise
         self._cooling.succeeded(target)
-        return Served(target, answer, course.attempts, whole=whole)
+        return Served(target, answer, course.attempts, whole=whole, queued=course.queued)
 
     def _streamed(self, course: _Course, target: Model, answer: Answer) -> Served:
         pieces = self._followed(target, answer.pieces())
         first = next(pieces)
-        return Served(target, answer, course.attempts, first=first, rest=pieces)
+        return Served(target, answer, course.attempts, first=first, rest=pieces, queued=course.queued)
 
     def _followed(self, target: Model, pieces: Iterator[bytes]) -> Iterator[bytes]:
         """The pieces as they are; how the stream ends after its first one is still the target's success or failure."""
@@ -168,6 +170,7 @@ class _Course:
         self.call = call
         self.attempts: list[Attempt] = []
         self.tried = False
+        self.queued = 0.0  # seconds spent waiting for places
         self._failures: list[tuple[Model, BackendError]] = []
         self._decisive: BackendError | None = None  # what the client is told: its status and code
         self._chain = chain

@@ -131,6 +131,7 @@ class Record:
         self.host = served.model.backend.host
         self.attempts = served.attempts
         self.first = first
+        self.queue_s = served.queued
         self.load_s = tally.load_s
         self.decode_s = tally.decode_s
         self.prompt_tokens = tally.prompt_tokens

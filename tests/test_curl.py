@@ -187,8 +187,7 @@ class DocumentTest(unittest.TestCase):
 
     def setUp(self):
         standin = self.enterContext(StandIn())
-        toml = (ROOT / "config" / "models.toml").read_text(encoding="utf-8")
-        self.daemon = self.enterContext(DaemonProcess(toml.replace("http://127.0.0.1:11434", standin.url)))
+        self.daemon = self.enterContext(DaemonProcess(clients_doc.shipped(standin.url)))
         self.models, self.plain, self.stream, self.piped = clients_doc.blocks("curl", "sh")
 
     def run_block(self, text):

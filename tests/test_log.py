@@ -150,7 +150,6 @@ class Answered(LogCase):
             completion_tokens=usage["completion_tokens"],
             truncated=False,
             cancelled_in=None,
-            queue_s=None,
             ttft_s=None,
         )
         (attempt,) = line["attempts"]
@@ -163,6 +162,7 @@ class Answered(LogCase):
     def assert_plausible(self, line: dict[str, Any]) -> None:
         self.assertGreaterEqual(line["latency_s"], 0)
         self.assertGreaterEqual(line["load_s"], 0)
+        self.assertTrue(0 <= line["queue_s"] <= line["latency_s"])
         self.assertGreaterEqual(line["overhead_ms"], 0)
         self.assertLessEqual(line["overhead_ms"], 1000 * line["latency_s"])
         self.assertGreater(line["decode_tps"], 0)

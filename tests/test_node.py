@@ -381,8 +381,7 @@ class DocumentTest(NodeCase):
 
     def setUp(self) -> None:
         standin = self.enterContext(StandIn())
-        toml = (ROOT / "config" / "models.toml").read_text(encoding="utf-8")
-        self.daemon = self.enterContext(DaemonProcess(toml.replace("http://127.0.0.1:11434", standin.url)))
+        self.daemon = self.enterContext(DaemonProcess(clients_doc.shipped(standin.url)))
 
     def run_block(self, section: str) -> str:
         self.workshop.write("snippet.mjs", clients_doc.block(section, "js", self.daemon.port))

@@ -3,9 +3,11 @@
 import json
 import socket
 import unittest
+from pathlib import Path
 
 from portway import config, proxy
 from portway.standin import StandIn
+from portway.telemetry import Log
 from tests.daemon import Daemon, DaemonProcess
 from tests.doubles import RawClient
 from tests.llama_server import wait_for
@@ -389,6 +391,29 @@ class ConnectionTest(unittest.TestCase):
             self.assertEqual(200, clients[3].call("GET", "/v1/models").status)
             for client in clients:
                 client.close()
+
+
+class QueueTest(unittest.TestCase):
+    def test_waiting_for_a_place_is_written_down(self):
+        """With max_parallel = 1 the second request waits, and its line in the log says how long."""
+        import tempfile
+
+        path = Path(self.enterContext(tempfile.TemporaryDirectory())) / "log.jsonl"
+        log = Log(str(path))
+        with StandIn() as standin:
+            text = toml(standin.url).replace('kind = "ollama"', 'kind = "ollama"\nmax_parallel = 1')
+            with Daemon(text, log=log) as daemon, daemon.client() as first, daemon.client() as second:
+                standin.fail("/api/chat", "hang")
+                first.request("POST", "/v1/chat/completions", ASK)
+                self.assertTrue(standin.wait_for(hangs))
+                second.request("POST", "/v1/chat/completions", ASK)
+                self.assertFalse(standin.wait_for(lambda _: False, timeout=0.3))
+                standin.release()
+                self.assertEqual([200, 200], [client.response().status for client in (first, second)])
+        self.assertTrue(log.close(5))
+        waited = sorted(json.loads(line)["queue_s"] for line in path.read_text().splitlines())
+        self.assertLess(waited[0], 0.2)
+        self.assertGreater(waited[1], 0.2)
 
 
 class ReloadTest(unittest.TestCase):

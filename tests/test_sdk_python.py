@@ -684,8 +684,7 @@ class DocumentTest(unittest.TestCase):
 
     def setUp(self) -> None:
         self.standin = self.enterContext(StandIn())
-        toml = (ROOT / "config" / "models.toml").read_text(encoding="utf-8")
-        self.daemon = self.enterContext(DaemonProcess(toml.replace("http://127.0.0.1:11434", self.standin.url)))
+        self.daemon = self.enterContext(DaemonProcess(clients_doc.shipped(self.standin.url)))
 
     def run_python(self, *args: str) -> str:
         """What such a program prints, which must end well."""

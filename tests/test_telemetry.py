@@ -227,7 +227,7 @@ class Lines(unittest.TestCase):
             load_s=1.0, decode_s=2.0, prompt_tokens=3, completion_tokens=4, content_chars=5, truncated=True
         )
         model = SimpleNamespace(name="fast-1b", backend=SimpleNamespace(host="127.0.0.1"))
-        served: Any = SimpleNamespace(model=model, answer=SimpleNamespace(tally=tally), attempts=[])
+        served: Any = SimpleNamespace(model=model, answer=SimpleNamespace(tally=tally), attempts=[], queued=0.5)
         call: Any = SimpleNamespace(
             model=SimpleNamespace(name="fast-9b"), endpoint="chat", id="chatcmpl-1", stream=True, body={}, raw=b"{}"
         )
@@ -236,6 +236,7 @@ class Lines(unittest.TestCase):
         record.served(served, 7.0)
         found = json.loads(line(record, Price()))
         expected = {"model": "fast-9b", "served_by": "fast-1b", "demoted": True, "load_s": 1.0, "decode_tps": 2.0}
+        expected |= {"queue_s": 0.5}
         expected |= {"prompt_tokens": 3, "response_chars": 5, "truncated": True, "ttft_s": 7.0, "local": True}
         expected |= {"endpoint": "chat", "id": "chatcmpl-1", "stream": True}
         self.assertEqual({key: found[key] for key in expected}, expected)
