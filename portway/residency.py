@@ -814,6 +814,21 @@ class Residency:
                 load_times=dict(self._load_times),
             )
 
+    def fit_together(self, models: Iterable[Model]) -> bool | None:
+        """Whether all of them can be in memory at once; None = there is no telling. For a council's members."""
+        snapshot = self.snapshot()
+        sizes: dict[Runner, int] = {}
+        shapes: dict[Runner, Shape] = {}
+        for model in models:
+            seat = snapshot.seats.get(model.name)
+            if seat is None or seat.need is None or seat.runner.backend not in snapshot.counted:
+                return None
+            if not shapes.setdefault(seat.runner, seat.shape).serves(seat.shape):
+                return False  # one of them would reload the other's
+            sizes[seat.runner] = max(sizes.get(seat.runner, 0), seat.need.size)
+        limit = snapshot.budget.now
+        return None if limit is None else sum(sizes.values()) <= limit
+
     def refresh(self, watch: Watch) -> None:
         """Look at everything now, for somebody who wants to see it. Loads nothing."""
         self._look_around(watch)

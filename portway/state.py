@@ -15,7 +15,7 @@ from portway.cache_file import default_path
 from portway.cascade import CascadeBackend
 from portway.catalogue import Catalogue
 from portway.config import PANELS
-from portway.council import CouncilBackend
+from portway.council import CouncilBackend, unknown
 from portway.guards import Guards
 from portway.residency import anywhere
 from portway.routing import Router
@@ -57,7 +57,8 @@ class State:
         place = residency.place if residency is not None else anywhere
         router = Router(config, backends, cooling, catalogue.completed, place)
         # pseudo-models ask others through the same router
-        backends[PANELS["council"].name] = CouncilBackend(config, router, catalogue.completed)
+        together = residency.fit_together if residency is not None else unknown
+        backends[PANELS["council"].name] = CouncilBackend(config, router, catalogue.completed, together)
         backends[PANELS["cascade"].name] = CascadeBackend(config, router)
         return cls(config, Guards(config), backends, catalogue, Answers(router, cache, flights), time.time())
 

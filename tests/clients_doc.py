@@ -43,7 +43,7 @@ def shipped(ollama: str) -> str:
     """The configuration that comes with Portway, for a stand-in at `ollama`, whose models take no memory."""
     toml = (ROOT / "config" / "models.toml").read_text(encoding="utf-8")
     toml, addresses = re.subn(r"http://127\.0\.0\.1:11434", ollama, toml)
-    toml, switches = re.subn(r"(?<=^enabled = )true(?=.*each backend minds its own models)", "false", toml, flags=re.M)
+    toml, switches = re.subn(r"(\n\[memory\].*\nenabled = )true", r"\1false", toml)
     if (addresses, switches) != (1, 1):
-        raise AssertionError(f"config/models.toml names Ollama {addresses} times and [memory]'s switch {switches} times")
+        raise AssertionError(f"Ollama's address occurs {addresses} times, [memory]'s switch {switches} times")
     return toml

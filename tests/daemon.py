@@ -29,7 +29,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 def _without_memory(toml: str) -> str:
-    """A stand-in's models take no memory, so this machine's must not keep them out; unless a test says otherwise."""
+    """A stand-in's models take no memory: this machine's must not keep them out, unless a test wants it."""
     return toml if "[memory]" in toml else f"{toml}\n[memory]\nenabled = false\n"
 
 
