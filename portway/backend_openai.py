@@ -185,6 +185,8 @@ class OpenAIAnswer:
             changed = read_whole(body, self.tally, chat=self._call.endpoint == "chat")
         elif not isinstance(body.get("data"), list):
             raise BackendError("bad_answer", "the answer has no `data`")
+        elif _is_wider(body["data"], self._call.body.get("dimensions")):
+            self.warnings.append("ignored(dimensions)")
         read_usage(body, self.tally)
         if _is_false(body.get("usage")):
             del body["usage"]
@@ -250,6 +252,14 @@ class OpenAIAnswer:
         if raw.lstrip()[:1] in (b"", b"{"):
             _document(raw, self._target)  # an error, most likely
         return BackendError("bad_answer", f"not an event stream but {kind[:60]}")
+
+
+def _is_wider(data: list[Any], dimensions: Any) -> bool:
+    """Whether the first vector is longer than was asked for: llama-server ignores `dimensions`."""
+    first = data[0].get("embedding") if data and isinstance(data[0], dict) else None
+    if not isinstance(dimensions, int) or not isinstance(first, list | str):
+        return False
+    return (len(first) if isinstance(first, list) else len(first) * 3 // 16) > dimensions  # base64 of 4 bytes each
 
 
 class _Relay:

@@ -55,6 +55,15 @@ class ClientError(PortwayError):
         super().__init__(message, status=status, type=type, code=code, param=param, headers=headers)
 
 
+class Stopping(PortwayError):
+    """The daemon ends, and this request with it."""
+
+    def __init__(self) -> None:
+        super().__init__(
+            "Portway is stopping.", status=503, type="api_error", code="stopping", headers={"Retry-After": "1"}
+        )
+
+
 class ClientGone(Exception):
     """The client closed its socket. Not an error of anybody's; no backend is blamed."""
 

@@ -63,6 +63,7 @@ _CAPABILITY = {
     "image": "vision",
     "images": "vision",
 }
+CUT_OFF_CALL = "cut-off tool call"
 _UNSUPPORTED_PHRASES = (
     ("image input is not supported", "vision"),  # llama-server without --mmproj, a 500
     ("is not a multimodal model", "vision"),  # vLLM
@@ -70,10 +71,18 @@ _UNSUPPORTED_PHRASES = (
     ("tools param requires", "tools"),  # llama-server without --jinja, a 500
     ("tool choice requires", "tools"),  # vLLM without --enable-auto-tool-choice
     ("logprobs is not supported with tools", "logprobs with tools"),  # Ollama and llama-server, streaming
-    ("invalid tool call arguments", "cut-off tool call"),  # Ollama, a 500, when the limit fell inside a call
+    ("invalid tool call arguments", CUT_OFF_CALL),  # Ollama, a 500, when the limit fell inside a call
 )
-# What Ollama blames itself for (500) though the request is at fault: no reason to cool it down.
-_REQUEST_PHRASES = ("must be of type", "invalid format:", "unsupported tool type")
+# What servers blame themselves for (500) though the request is at fault: no reason to cool them down.
+_REQUEST_PHRASES = (
+    "must be of type",  # Ollama: an option's type
+    "invalid format:",
+    "unsupported tool type",
+    "unsupported value",  # Ollama: a number that its own arithmetic makes infinite
+    "failed to parse messages",  # llama-server: a message's field of a type that its template can't have
+    "json.exception",  # llama-server: likewise, elsewhere
+    "missing tool call type",
+)
 
 # A chat template that these messages break: the same messages will break it again.
 _TEMPLATE_PHRASES = ("jinja", "chat template", "chat_template", "roles must alternate", "apply template", "template: :")

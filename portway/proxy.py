@@ -37,7 +37,7 @@ from portway.answers import Facts, Found, Shared
 from portway.cache import Cache
 from portway.cache_rules import parse_control
 from portway.config import ConfigError, ConfigWatcher
-from portway.errors import ClientError, ClientGone, PortwayError
+from portway.errors import ClientError, ClientGone, PortwayError, Stopping
 from portway.flights import Flights
 from portway.http1 import MAX_HEAD, BadMessage, Incoming, RequestHead, as_client_error, parse_request
 from portway.metrics import CONTENT_TYPE, Metrics
@@ -62,6 +62,7 @@ SWEEP = 1.0  # seconds between two looks for connections that have waited too lo
 MAX_PIPELINED = 262_144  # bytes read ahead while an answer is under way
 WATCH_CONFIG = 1.0  # seconds between two looks at the configuration file
 CLOSE_ASIDE = 2.0  # seconds given to the log's last lines at the end, and to the cache's last answers
+LAST_WORDS = 1.0  # seconds for cut requests to tell their clients and the log
 GOODBYE = 1.0  # seconds for a refused client to read why before its connection is reset
 
 # --- the routes -----------------------------------------------------------------------------------
@@ -252,6 +253,14 @@ class Handler(BaseHTTPRequestHandler):
         self.server.forget(self)
         self.connection.close()
 
+    def cut(self) -> None:
+        """End the request under way, if there is one, with `Stopping`. Any thread."""
+        self.watch.stop()
+        try:
+            self.connection.shutdown(socket.SHUT_RD)  # wakes the worker's wait; it can still write
+        except OSError:
+            pass  # it has just ended by itself
+
     def time_out(self) -> None:
         """Close; with a 408 if it took too long in the middle of a request."""
         if self.keep_alive and (self._buffer or self._reading):
@@ -396,7 +405,7 @@ class Handler(BaseHTTPRequestHandler):
         if incoming.refusal:
             raise incoming.refusal
         if self.server.draining:
-            raise ClientError("Portway is stopping.", status=503, type="api_error", headers={"Retry-After": "1"})
+            raise Stopping
         head = incoming.head
         if head.method == "OPTIONS":
             self.respond(204, {"Allow": "GET, HEAD, OPTIONS, POST", **(_PREFLIGHT if self._cors else {})}, b"")
@@ -628,6 +637,12 @@ class Server(ThreadingHTTPServer):
         self._wake_up()
         self._stopped.wait(5)
 
+    def cut(self) -> int:
+        """Have every request under way end with an error now. How many there are."""
+        for handler in list(self._open):
+            handler.cut()
+        return self.in_flight.count
+
     def server_close(self) -> None:
         """Close the listener and every connection that is left."""
         self.socket.close()
@@ -785,6 +800,9 @@ class Daemon:
         self._server.draining = True
         seconds = self.state.config.server.drain if drain is None else drain
         ended = self._server.in_flight.wait_for_none(seconds)
+        if not ended:
+            self._say(f"{self._server.cut()} requests were cut: they did not end within {seconds:g} s")
+            self._server.in_flight.wait_for_none(LAST_WORDS)
         if self._thread.is_alive():
             self._server.shutdown()
         self._server.server_close()
@@ -860,11 +878,11 @@ def serve(config: Config, *, config_path: str | None, environ: Mapping[str, str]
     _attend(daemon, ConfigWatcher(config_path, environ), events)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)  # a second one ends it at once
     signal.signal(signal.SIGINT, signal.SIG_DFL)
-    ended = daemon.stop()
+    daemon.stop()
     for aside in (log, cache):
         if aside:
             aside.close(CLOSE_ASIDE)
-    return 0 if ended else 1
+    return 0
 
 
 def _cannot_listen(host: str, port: int, exc: OSError) -> str:

@@ -14,7 +14,9 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from portway.call import Attempt, Limits, Served
+from portway.config import CAPABILITIES
 from portway.errors import BackendError, PortwayError
+from portway.failures import CUT_OFF_CALL
 from portway.fields import dotted
 from portway.request import has_images, prompt_chars
 from portway.residency import Free, Place, anywhere
@@ -428,7 +430,7 @@ _WAYS_OUT: Mapping[str, str] = {
     "context_length_exceeded": "shorten the prompt, or ask a model with a larger num_ctx",
     "template_error": "ask a model with another chat template",
     "empty_answer": "ask in other words, or another model",
-    "unsupported": "ask a model that can, or correct {model}.capabilities",
+    "unsupported": "ask a model that can",
     "queue_full": "try again later, or raise {backend}.max_queue",
     "no_room": "try again later, or raise memory.budget or {asked}.timeouts.total",
     "cold": "set {model}.prefer_warm = false to have it loaded whatever it takes",
@@ -450,7 +452,12 @@ def _in_plain_words(asked: Model, failures: list[tuple[Model, BackendError]]) ->
 
 
 def _way_out(asked: Model, target: Model, error: BackendError) -> str:
-    return error.way_out or _WAYS_OUT.get(error.reason, "").format(
+    text = _WAYS_OUT.get(error.reason, "")
+    if error.reason == "unsupported" and error.detail.removeprefix("no ") in CAPABILITIES:
+        text += ", or correct {model}.capabilities"
+    if error.detail == CUT_OFF_CALL:
+        text = "raise max_tokens: they ended inside a tool call"
+    return error.way_out or text.format(
         model=dotted("models", target.name),
         asked=dotted("models", asked.name),
         backend=dotted("backends", target.backend.name),

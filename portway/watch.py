@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-from portway.errors import ClientGone
+from portway.errors import ClientGone, Stopping
 
 if TYPE_CHECKING:
     import socket
@@ -35,6 +35,11 @@ class ClientWatch:
         self._beat: Callable[[], None] | None = None
         self._every = 0.0
         self._beat_at = 0.0
+        self._stopping = False
+
+    def stop(self) -> None:
+        """The daemon ends: the wait that sees the client's end next raises Stopping. Any thread."""
+        self._stopping = True
 
     def begin(self, every: float, beat: Callable[[], None] | None) -> None:
         """A new request: call `beat` whenever the client has heard nothing for `every` seconds."""
@@ -106,6 +111,8 @@ class ClientWatch:
 
     def _client_stirred(self, what: int) -> None:
         """Bytes are the next request, sent ahead; an end, also of one direction only, is a client that left."""
+        if self._stopping:
+            raise Stopping
         if not what & select.POLLIN:
             raise ClientGone
         try:

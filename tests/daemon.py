@@ -116,6 +116,11 @@ class DaemonProcess(_Running):
         """What it has written to stdout and stderr so far."""
         return (Path(self._folder.name) / "log").read_text(encoding="utf-8", errors="replace")
 
+    def lines(self) -> list[str]:
+        """The lines of its log of requests."""
+        path = Path(self._folder.name) / ".local" / "share" / "portway" / "log.jsonl"
+        return path.read_text(encoding="utf-8").splitlines()
+
     @property
     def pid(self) -> int:
         """The process that serves."""

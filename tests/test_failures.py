@@ -52,6 +52,19 @@ CASES: list[tuple[int, Any, str, str]] = [
     (500, {"error": "input after truncation exceeds maximum context length"}, "context_length_exceeded", ""),
     (400, {"error": "illegal base64 data at input byte 4"}, "bad_request", ""),
     (500, {"error": 'option "stop" must be of type array'}, "bad_request", ""),
+    (500, {"error": "json: unsupported value: +Inf"}, "bad_request", ""),
+    (
+        500,
+        {
+            "error": {
+                "message": "Failed to parse messages: [json.exception.type_error.302] type must be string, but is null"
+            }
+        },
+        "bad_request",
+        "",
+    ),
+    (500, {"error": {"message": "[json.exception.out_of_range.403] key 'text' not found"}}, "bad_request", ""),
+    (500, {"error": {"message": "Missing tool call type: true"}}, "bad_request", ""),
     (500, {"error": 'invalid format: "xml"; expected "json" or a valid JSON Schema object'}, "bad_request", ""),
     (
         503,

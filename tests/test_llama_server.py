@@ -344,6 +344,14 @@ class EmbeddingsTest(Served):
         for one, other in zip(plain, struct.unpack(f"<{len(plain)}f", packed), strict=True):
             self.assertAlmostEqual(one, other, places=5)
 
+    def test_dimensions(self) -> None:
+        """The server ignores them; the answer says so, in either form, unless it has as many as asked."""
+        for form in ("float", "base64"):
+            for asked, warning in ((8, "ignored(dimensions)"), (64, None)):
+                body = {"input": "we walk", "encoding_format": form, "dimensions": asked}
+                answer = ask(self.client, path="/v1/embeddings", **body)
+                self.assertEqual((200, warning), (answer.status, answer.header("x-portway-warning")))
+
 
 class WindowTest(Case):
     """Prompts that are too long: a small server, and a larger one behind it."""

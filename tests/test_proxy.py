@@ -474,6 +474,28 @@ class StopTest(unittest.TestCase):
             self.assertEqual("[DONE]", [event.data for event in events][-1])
             self.assertEqual(0, daemon.wait())
 
+    def test_what_does_not_end_in_time(self):
+        """At the end of `drain` each request gets a last word, a line in the log, and the exit code is 0."""
+        import signal
+
+        with StandIn() as standin, DaemonProcess(toml(standin.url, "drain = 0.2")) as daemon:
+            with daemon.client() as streaming, daemon.client() as plain:
+                standin.fail("/api/chat", "hang_mid_stream", times=2)
+                streaming.request("POST", "/v1/chat/completions", {**ASK, "stream": True})
+                events = streaming.events(streaming.head())
+                next(events)
+                plain.request("POST", "/v1/chat/completions", ASK)
+                self.assertTrue(standin.wait_for(lambda standin: sum(r.phase == "hang" for r in standin.requests) == 2))
+                daemon.send(signal.SIGTERM)
+                last = [event.data for event in events][-1]
+                self.assertEqual("stopping", json.loads(last or "")["error"]["code"])
+                response = plain.response()
+                self.assertEqual((503, "stopping"), (response.status, response.json["error"]["code"]))
+                self.assertEqual(0, daemon.wait())
+            self.assertIn("2 requests were cut", daemon.log)
+            lines = [json.loads(line) for line in daemon.lines()]
+            self.assertEqual([("stopping", 200), ("stopping", 503)], sorted((x["error"], x["status"]) for x in lines))
+
     def test_port_taken(self):
         """A port that is taken is a clear error, with the process that has it, and exit code 1."""
         import contextlib
