@@ -348,7 +348,7 @@ class EmbeddingsTest(Served):
         """The server ignores them; the answer says so, in either form, unless it has as many as asked."""
         for form in ("float", "base64"):
             for asked, warning in ((8, "ignored(dimensions)"), (64, None)):
-                body = {"input": "we walk", "encoding_format": form, "dimensions": asked}
+                body: dict[str, Any] = {"input": "we walk", "encoding_format": form, "dimensions": asked}
                 answer = ask(self.client, path="/v1/embeddings", **body)
                 self.assertEqual((200, warning), (answer.status, answer.header("x-portway-warning")))
 
