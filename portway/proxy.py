@@ -639,9 +639,10 @@ class Server(ThreadingHTTPServer):
 
     def cut(self) -> int:
         """Have every request under way end with an error now. How many there are."""
+        count = self.in_flight.count
         for handler in list(self._open):
             handler.cut()
-        return self.in_flight.count
+        return count
 
     def server_close(self) -> None:
         """Close the listener and every connection that is left."""
