@@ -110,14 +110,14 @@ class OriginTest(unittest.TestCase):
 class KeyTest(unittest.TestCase):
     def test_no_keys_configured(self):
         """Without configured keys none is asked for, and a client's own is no matter."""
-        guards().check_key(head())
-        guards().check_key(head(Authorization="Bearer whatever"))
+        self.assertIsNone(guards().check_key(head()))
+        self.assertIsNone(guards().check_key(head(Authorization="Bearer whatever")))
 
     def test_each_key_is_good(self):
         """Any of the configured keys opens."""
         served = guards('api_keys = ["sk-one", "sk-two"]')
-        served.check_key(head(Authorization="Bearer sk-one"))
-        served.check_key(head(Authorization="bearer sk-two"))
+        self.assertIsNone(served.check_key(head(Authorization="Bearer sk-one")))
+        self.assertIsNone(served.check_key(head(Authorization="bearer sk-two")))
 
     def test_wrong_keys(self):
         """Anything else is 401, with what to send, and without the key in the message."""

@@ -19,8 +19,7 @@ from pathlib import Path
 from typing import ClassVar
 from unittest import mock
 
-from portway import __main__, __version__
-from scripts import build_pyz
+from portway import __main__, __version__, pack
 
 ROOT = Path(__file__).resolve().parent.parent
 MODULES = sorted((ROOT / "portway").rglob("*.py"))
@@ -84,13 +83,13 @@ class PyzTest(unittest.TestCase):
     def setUpClass(cls) -> None:
         cls.folder = Path(cls.enterClassContext(tempfile.TemporaryDirectory()))
         cls.pyz = cls.folder / "portway.pyz"
-        build_pyz.build(cls.pyz)
+        pack.build(str(cls.pyz))
 
     def test_reproducible(self) -> None:
         """Two builds are the same, byte for byte, whenever they are made."""
         again = self.folder / "again.pyz"
         with mock.patch("time.time", return_value=2_000_000_000.0):
-            build_pyz.build(again)
+            pack.build(str(again))
         self.assertEqual(self.pyz.read_bytes(), again.read_bytes())
 
     def test_content(self) -> None:

@@ -17,7 +17,6 @@ from pathlib import Path
 from portway import __version__, pack, service, service_units
 from portway.service import Done, System
 from portway.service_units import AGENT_KEYS, BadUnit, Job, agent, read_launchctl, read_systemctl, unit
-from scripts import build_pyz
 
 ROOT = Path(__file__).resolve().parent.parent
 VALID = '[backends.b]\nkind = "ollama"\nurl = "http://127.0.0.1:1"\n[models.m]\nbackend = "b"\nmodel = "x"\n'
@@ -470,13 +469,6 @@ class UsageTest(ServiceTest):
 class PackTest(unittest.TestCase):
     def setUp(self):
         self.folder = Path(self.enterContext(tempfile.TemporaryDirectory()))
-
-    def test_same_bytes(self):
-        """What the service runs is what build_pyz.py builds, byte for byte."""
-        pack.build(str(self.folder / "a.pyz"))
-        build_pyz.build(self.folder / "b.pyz")
-        self.assertEqual((self.folder / "b.pyz").read_bytes(), (self.folder / "a.pyz").read_bytes())
-        self.assertEqual(["a.pyz", "b.pyz"], sorted(os.listdir(self.folder)))
 
     def test_out_of_itself(self):
         """Out of the one file the same file comes, also onto itself."""
