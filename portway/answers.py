@@ -1,7 +1,7 @@
 """Where the answer to a call comes from: the cache, an identical call under way, or a target.
 
 `Answers.find` is the one place that knows the order; what it yields is read the same way whatever it
-is. A cache that is slow or broken is a miss (cache.py), so nothing here can fail that the target does
+is. A cache that is slow or broken is a miss (cache/store.py), so nothing here can fail that the target does
 not fail by itself. Knows no HTTP.
 """
 
@@ -14,15 +14,15 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING
 
-from portway import replay
-from portway.cache_rules import Control, is_storable, request_key, why_bypassed
+from portway.cache import replay
+from portway.cache.flights import Crashed, Flights, Landed, Leader
+from portway.cache.rules import Control, is_storable, request_key, why_bypassed
 from portway.call import Composed
 from portway.errors import ClientError, PortwayError
-from portway.flights import Crashed, Flights, Landed, Leader
-from portway.wire import WireError
+from portway.wire.events import WireError
 
 if TYPE_CHECKING:
-    from portway.cache import Cache, Entry
+    from portway.cache.store import Cache, Entry
     from portway.call import Attempt, Call, Served, Watch
     from portway.routing import Router
 
@@ -43,7 +43,7 @@ class Facts:
 
 @dataclass(frozen=True, slots=True)
 class Shared:
-    """An answer for everybody who waits for the same one. document: see replay.py."""
+    """An answer for everybody who waits for the same one. document: see cache/replay.py."""
 
     document: bytes
     served_by: str

@@ -252,31 +252,31 @@ def _check(options: dict[str, Any]) -> int:
 
 
 def _doctor(options: dict[str, Any]) -> int:
-    from portway import doctor
+    from portway.commands import doctor
 
     return doctor.main(options.get("--config"), "--json" in options)
 
 
 def _init(options: dict[str, Any]) -> int:
-    from portway import first_config
+    from portway.commands import first_config
 
     return first_config.main(options.get("--memory"), "--force" in options, options.get("--output"))
 
 
 def _service(words: list[str]) -> int:
-    from portway import service
+    from portway.commands import service
 
     return service.main(words)
 
 
 def _demo(options: dict[str, Any]) -> int:
-    from portway import demo
+    from portway.commands import demo
 
     return demo.main(live="--live" in options, port=options.get("--port"), once="--once" in options)
 
 
 def _ask_install(options: dict[str, Any]) -> int:
-    from portway import ask_install
+    from portway.ask import install as ask_install
 
     try:
         path = ask_install.install(options.get("--bin", "~/.local/bin"), os.environ)
@@ -290,13 +290,14 @@ def _ask_install(options: dict[str, Any]) -> int:
 
 
 def _standin(words: list[str]) -> int:
-    from portway import standin
+    from portway.standin import server as standin
 
     return standin.main(words)
 
 
 def _stats(words: list[str]) -> int:
-    from portway import config, stats
+    from portway import config
+    from portway.commands import stats
 
     try:
         file = config.load(None, os.environ).log.file
@@ -307,7 +308,8 @@ def _stats(words: list[str]) -> int:
 
 
 def _residency(name: str, words: list[str]) -> int:
-    from portway import config, residency_cli
+    from portway import config
+    from portway.commands import residency as residency_cli
 
     try:
         loaded = config.load(None, os.environ)
@@ -317,7 +319,9 @@ def _residency(name: str, words: list[str]) -> int:
 
 
 def _cache(words: list[str]) -> int:
-    from portway import cache_cli, cache_file, config
+    from portway import config
+    from portway.cache import file as cache_file
+    from portway.commands import cache as cache_cli
 
     try:
         file = config.load(None, os.environ).cache.file

@@ -16,7 +16,7 @@ from portway.errors import ClientError
 
 if TYPE_CHECKING:
     from portway.config import Config
-    from portway.http1 import RequestHead
+    from portway.wire.http1 import RequestHead
 
 
 class Guards:

@@ -4,7 +4,7 @@
     cascade   the first member answers; where its answer does not do, the next one does
 
 Their values, their tables in models.toml, and what has to be right about them. How they answer is
-council.py's and cascade.py's. Nothing here does I/O.
+council/council.py's and council/cascade.py's. Nothing here does I/O.
 """
 
 from __future__ import annotations

@@ -32,23 +32,23 @@ from queue import Empty, SimpleQueue
 from typing import TYPE_CHECKING, Any
 from urllib.parse import unquote
 
-from portway import residency_api
 from portway.answers import Facts, Found, Shared
-from portway.cache import Cache
-from portway.cache_rules import parse_control
+from portway.cache.flights import Flights
+from portway.cache.rules import parse_control
+from portway.cache.store import Cache
 from portway.config import ConfigError, ConfigWatcher
 from portway.errors import ClientError, ClientGone, PortwayError, Stopping
-from portway.flights import Flights
-from portway.http1 import MAX_HEAD, BadMessage, Incoming, RequestHead, as_client_error, parse_request
+from portway.memory import api as residency_api
+from portway.memory.residency import Residency
 from portway.metrics import CONTENT_TYPE, Metrics
 from portway.request import find_model, read_call
-from portway.residency import Residency
 from portway.routing import ChainExhausted, Cooling
 from portway.state import State, open_cache, open_log
 from portway.telemetry import Log, Price, Record
 from portway.vitals import Vitals
 from portway.watch import ClientWatch
-from portway.wire import DONE, dumps, loads_object, sse
+from portway.wire.events import DONE, dumps, loads_object, sse
+from portway.wire.http1 import MAX_HEAD, BadMessage, Incoming, RequestHead, as_client_error, parse_request
 from portway.workers import InFlight, Workers
 
 if TYPE_CHECKING:
@@ -887,7 +887,7 @@ def serve(config: Config, *, config_path: str | None, environ: Mapping[str, str]
 
 
 def _cannot_listen(host: str, port: int, exc: OSError) -> str:
-    from portway.holder import describe  # seldom needed
+    from portway.commands.holder import describe  # seldom needed
 
     holder = describe(host, port) if exc.errno == errno.EADDRINUSE else ""
     return f"can't listen on {host}:{port}: {exc.strerror}; stop {holder or 'what does'}, or change server.port"

@@ -10,10 +10,10 @@ import time
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
-from portway.asked import boolean, wrong
 from portway.call import Call, Endpoint
 from portway.errors import ClientError
-from portway.wire import loads_object
+from portway.wire.asked import boolean, wrong
+from portway.wire.events import loads_object
 
 if TYPE_CHECKING:
     from portway.config import Config, Model

@@ -13,14 +13,14 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from portway.backends.failures import CUT_OFF_CALL
 from portway.call import Attempt, Limits, Served
 from portway.config import CAPABILITIES
 from portway.errors import BackendError, PortwayError
-from portway.failures import CUT_OFF_CALL
 from portway.fields import dotted
+from portway.memory.residency import Free, Place, anywhere
 from portway.request import has_images, prompt_chars
-from portway.residency import Free, Place, anywhere
-from portway.wire import DONE
+from portway.wire.events import DONE
 
 if TYPE_CHECKING:
     from portway.call import Answer, Backend, Call, Watch
@@ -36,8 +36,8 @@ SHORT = 5.0  # seconds an unreachable server is skipped: it is often just being 
 class Router:
     """Serves calls by one configuration. `cooling` outlives it, so that a reload forgets no failure.
 
-    complete: gives a model back with what is known of it beyond the configuration (catalogue.py). place:
-    a place in memory for each attempt (residency.py).
+    complete: gives a model back with what is known of it beyond the configuration (backends/catalogue.py). place:
+    a place in memory for each attempt (memory/residency.py).
     """
 
     def __init__(

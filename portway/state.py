@@ -8,24 +8,24 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Self
 
 from portway.answers import Answers, Shared
-from portway.backend_ollama import OllamaBackend
-from portway.backend_openai import OpenAIBackend
-from portway.cache import LIFETIME, Cache
-from portway.cache_file import default_path
-from portway.cascade import CascadeBackend
-from portway.catalogue import Catalogue
+from portway.backends.catalogue import Catalogue
+from portway.backends.ollama import OllamaBackend
+from portway.backends.openai import OpenAIBackend
+from portway.cache.file import default_path
+from portway.cache.store import LIFETIME, Cache
 from portway.config import PANELS
-from portway.council import CouncilBackend, unknown
+from portway.council.cascade import CascadeBackend
+from portway.council.council import CouncilBackend, unknown
 from portway.guards import Guards
-from portway.residency import anywhere
+from portway.memory.residency import anywhere
 from portway.routing import Router
 from portway.telemetry import Log, Price, log_path
 
 if TYPE_CHECKING:
+    from portway.cache.flights import Flights
     from portway.call import Backend
     from portway.config import Config, Model
-    from portway.flights import Flights
-    from portway.residency import Residency
+    from portway.memory.residency import Residency
     from portway.routing import Cooling
 
 

@@ -6,7 +6,7 @@ processes may write the same file (`LogFile`). What the file refuses becomes `pr
 again; what does not fit the queue meanwhile is dropped and counted.
 
 No line holds text of a prompt or an answer, a key or an error's message (servers quote prompts in
-theirs). What the lines say all together is stats.py's business. Nothing here knows HTTP or sockets.
+theirs). What the lines say all together is commands/stats.py's business. Nothing here knows HTTP or sockets.
 """
 
 from __future__ import annotations

@@ -5,12 +5,13 @@ from __future__ import annotations
 import time
 from typing import TYPE_CHECKING, Any, Protocol
 
-from portway import __version__, residency_api
+from portway import __version__
+from portway.memory import api as residency_api
 from portway.metrics import Reading
 
 if TYPE_CHECKING:
-    from portway.cache import Cache
-    from portway.residency import Residency
+    from portway.cache.store import Cache
+    from portway.memory.residency import Residency
     from portway.routing import Cooling
     from portway.state import State
     from portway.telemetry import Log

@@ -2,7 +2,7 @@
 """Build Portway as one file that any Python 3.11 or newer runs: build_pyz.py [OUT=portway.pyz].
 
 The file is a zipapp, so `python3 -I -S portway.pyz serve` is all it takes; its first line does the same
-when it is run as a program. How it is made is portway/pack.py's.
+when it is run as a program. How it is made is portway/commands/pack.py's.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ def main(argv: list[str]) -> int:
         print("usage: build_pyz.py [OUT=portway.pyz]", file=sys.stderr)
         return 0 if argv[:1] in (["-h"], ["--help"]) else 2
     sys.path.insert(0, str(ROOT))  # this clone's Portway, whatever else is installed
-    from portway import pack
+    from portway.commands import pack
 
     out = Path(argv[0] if argv else "portway.pyz")
     pack.build(str(out))

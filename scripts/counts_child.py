@@ -75,7 +75,7 @@ def start_daemon(folder: str, port: int) -> Any:
     from dataclasses import replace
 
     from portway import config, proxy
-    from portway.cache import Cache
+    from portway.cache.store import Cache
     from portway.telemetry import Log
 
     parsed = config.parse(CONFIGURATION.format(folder=folder, port=port), "models.toml", {})

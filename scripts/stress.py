@@ -34,11 +34,12 @@ from xml.sax.saxutils import escape
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # a clone, with nothing installed
 
-from portway import config, memory
+from portway import config
+from portway.memory import machine as memory
 from portway.proxy import Daemon
-from portway.standin import StandIn, parse_size
-from portway.standin_answers import StandInModel
-from portway.standin_memory import Memory
+from portway.standin.answers import StandInModel
+from portway.standin.memory import Memory
+from portway.standin.server import StandIn, parse_size
 
 URL = "http://127.0.0.1:11436"
 MIX = "fast-9b=3,coder-30b=1"

@@ -9,8 +9,8 @@ import unittest
 from collections.abc import Mapping
 from typing import Any
 
-from portway.cache import Cache
-from portway.standin import DEFAULT_MODELS, Fault, StandIn, StandInModel
+from portway.cache.store import Cache
+from portway.standin.server import DEFAULT_MODELS, Fault, StandIn, StandInModel
 from tests.daemon import Daemon
 from tests.doubles import RawResponse
 from tests.targets import CHAT

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Self
 
 from portway import config, proxy
-from portway.cache import Cache
+from portway.cache.store import Cache
 from portway.telemetry import Log
 from tests.doubles import RawClient
 from tests.llama_server import wait_for

@@ -9,7 +9,7 @@ from contextlib import ExitStack, contextmanager
 from typing import Any
 
 from portway.call import Limits
-from portway.http1 import ResponseHead
+from portway.wire.http1 import ResponseHead
 from tests.daemon import Daemon
 from tests.doubles import (
     LAST_CHUNK,

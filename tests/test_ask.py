@@ -19,9 +19,12 @@ import zipfile
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from portway import __version__, ask, ask_help, ask_install
-from portway.ask_client import Address, dumps, loads
-from portway.terminal import harmless
+from portway import __version__
+from portway.ask import command as ask
+from portway.ask import install as ask_install
+from portway.ask import manual as ask_help
+from portway.ask.client import Address, dumps, loads
+from portway.ask.terminal import harmless
 from tests.doubles import (
     CLOSE,
     HANG,
@@ -45,7 +48,7 @@ COMMAND = [
     "-I",
     "-S",
     "-c",
-    f"import sys; sys.path.append({ROOT!r}); from portway.ask import run; run()",
+    f"import sys; sys.path.append({ROOT!r}); from portway.ask.command import run; run()",
 ]
 PNG = b"\x89PNG\r\n\x1a\n" + bytes(range(256))
 
@@ -820,9 +823,9 @@ class TestInstall(AskTestCase):
         """Only what ask consists of, into the data folder; the zipapp is not needed after that."""
         archive = self.folder / "portway.pyz"
         with zipfile.ZipFile(archive, "w") as zipped:
-            for module in pathlib.Path(ROOT, "portway").glob("*.py"):
-                zipped.write(module, f"portway/{module.name}")
-        program = f"import sys; sys.path.insert(0, {str(archive)!r}); from portway.ask_install import install; "
+            for module in pathlib.Path(ROOT, "portway").rglob("*.py"):
+                zipped.write(module, module.relative_to(ROOT))
+        program = f"import sys; sys.path.insert(0, {str(archive)!r}); from portway.ask.install import install; "
         program += f"print(install({str(self.folder / 'bin')!r}, {{'XDG_DATA_HOME': {str(self.folder)!r}}}))"
         command = [sys.executable, "-I", "-c", program]
         path = subprocess.run(command, capture_output=True, timeout=PATIENCE, check=True, text=True).stdout.strip()
@@ -843,7 +846,7 @@ class TestStart(AskTestCase):
         program = f"""
 import os, sys
 sys.path.append({ROOT!r})
-from portway.ask import main
+from portway.ask.command import main
 status = main(["-v", "q"], os.environ)
 print(status, *sorted(set(sys.modules) & set({self.SLOW!r})))
 """

@@ -13,8 +13,8 @@ import unittest
 from contextlib import closing
 from typing import Any
 
-from portway.cache import Cache
-from portway.standin import DEFAULT_MODELS, Fault, StandIn
+from portway.cache.store import Cache
+from portway.standin.server import DEFAULT_MODELS, Fault, StandIn
 from portway.telemetry import Log
 from tests.daemon import Daemon
 from tests.doubles import PATIENCE

@@ -1,4 +1,4 @@
-"""backend_ollama.py: what Ollama gets, against the stand-in, and what is made of its lines, against scripts."""
+"""backends/ollama.py: what Ollama gets, against the stand-in, and what is made of its lines, against scripts."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from dataclasses import replace
 from typing import Any
 
 from portway import config
-from portway.backend_ollama import EmbeddingAnswer, OllamaAnswer, OllamaBackend, Waiting
+from portway.backends.ollama import EmbeddingAnswer, OllamaAnswer, OllamaBackend, Waiting
+from portway.backends.transport import Patience
 from portway.call import Answer, Call, Endpoint, Limits
 from portway.errors import BackendError, ClientError
-from portway.standin import StandIn
-from portway.translate import ChatStream
-from portway.transport import Patience
+from portway.standin.server import StandIn
 from portway.watch import NoClient
+from portway.wire.translate import ChatStream
 from tests.doubles import CLOSE, Bytewise, ScriptedServer, json_reply, ndjson_reply
 from tests.targets import FOREVER, MadeUpReply, Reply, frames, last_line, line, text_of
 

@@ -1,4 +1,4 @@
-"""backend_openai.py against scripted servers and recorded streams: what is sent, what is made of the answer."""
+"""backends/openai.py against scripted servers and recorded streams: what is sent, what is made of the answer."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from dataclasses import replace
 from typing import Any
 
 from portway import config
-from portway.backend_openai import OpenAIAnswer, OpenAIBackend, _Relay, request_body, splice
+from portway.backends.openai import OpenAIAnswer, OpenAIBackend, _Relay, request_body, splice
+from portway.backends.transport import Patience
 from portway.call import Call, Endpoint, Limits, Tally
 from portway.errors import BackendError
-from portway.transport import Patience
 from portway.watch import NoClient
-from portway.wire import SSEReader
+from portway.wire.events import SSEReader
 from tests.doubles import CLOSE, LAST_CHUNK, Bytewise, ScriptedServer, chunk, json_reply, sse_reply, stream_head
 from tests.targets import FOREVER, MadeUpReply, delta, finish, frames, text_of, usage
 

@@ -19,13 +19,16 @@ from types import MappingProxyType
 from typing import Any
 from unittest import mock
 
-from portway import cache, cache_cli, cache_file, replay
-from portway.cache import Cache, Entry
-from portway.cache_file import CacheFile, Counts, Row, Unusable
-from portway.cache_rules import Control, is_storable, parse_control, request_key, why_bypassed
+from portway.cache import file as cache_file
+from portway.cache import replay
+from portway.cache import store as cache
+from portway.cache.file import CacheFile, Counts, Row, Unusable
+from portway.cache.rules import Control, is_storable, parse_control, request_key, why_bypassed
+from portway.cache.store import Cache, Entry
 from portway.call import Attempt, Call, Served, Tally
+from portway.commands import cache as cache_cli
 from portway.config import Backend, Model
-from portway.wire import SSEReader, WireError
+from portway.wire.events import SSEReader, WireError
 
 PATIENCE = 20.0  # seconds; no wait may take longer
 ROOT = str(Path(__file__).resolve().parent.parent)

@@ -19,10 +19,11 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
-from portway import cache as cache_module
-from portway import cache_cli, cache_file
-from portway.cache import Cache
-from portway.standin import StandIn
+from portway.cache import file as cache_file
+from portway.cache import store as cache_module
+from portway.cache.store import Cache
+from portway.commands import cache as cache_cli
+from portway.standin.server import StandIn
 from tests.cached import MODELS, CachedCase, chat, configured, verdict
 from tests.daemon import Daemon, DaemonProcess
 from tests.doubles import RawClient

@@ -9,8 +9,8 @@ from collections.abc import Mapping
 from contextlib import ExitStack, closing
 from typing import Any
 
-from portway.cache import Cache
-from portway.standin import Fault, StandIn
+from portway.cache.store import Cache
+from portway.standin.server import Fault, StandIn
 from tests.cached import (
     BROKEN,
     MODELS,

@@ -9,7 +9,7 @@ import unittest
 from contextlib import ExitStack
 from typing import Any, Self
 
-from portway import cascade
+from portway.council import cascade
 from tests.daemon import Daemon
 from tests.doubles import HANG, LAST_CHUNK, Action, RawResponse, json_reply
 from tests.llama_server import wait_for

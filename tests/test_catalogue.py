@@ -1,4 +1,4 @@
-"""catalogue.py over real sockets: what backends of every kind say of their models, and when they are asked."""
+"""backends/catalogue.py over real sockets: what backends of every kind say of their models, and when they are asked."""
 
 import json
 import threading
@@ -8,8 +8,9 @@ from collections.abc import Callable, Mapping
 from typing import Any
 from unittest import mock
 
-from portway import catalogue, config
-from portway.catalogue import FRESH, RETRY, Catalogue, Facts
+from portway import config
+from portway.backends import catalogue
+from portway.backends.catalogue import FRESH, RETRY, Catalogue, Facts
 from tests.doubles import CLOSE, HANG, ScriptedRequest, ScriptedServer, http_reply, json_reply
 from tests.test_transport import free_port
 

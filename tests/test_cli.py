@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import importlib
 import io
 import re
 import subprocess
@@ -53,13 +54,13 @@ class CliTest(unittest.TestCase):
 
     def record(self, module: str, function: str) -> mock.Mock:
         """Replace portway.`module` by one whose `function` records its calls and returns 0."""
-        import portway
-
         recorder = mock.Mock(return_value=0)
-        double = types.ModuleType(f"portway.{module}")
+        name = f"portway.{module}"
+        package, _, leaf = name.rpartition(".")
+        double = types.ModuleType(name)
         setattr(double, function, recorder)
-        self.enterContext(mock.patch.dict(sys.modules, {f"portway.{module}": double}))
-        self.enterContext(mock.patch.object(portway, module, double, create=True))
+        self.enterContext(mock.patch.dict(sys.modules, {name: double}))
+        self.enterContext(mock.patch.object(importlib.import_module(package), leaf, double, create=True))
         return recorder
 
 
@@ -214,7 +215,7 @@ class OtherCommandsTest(CliTest):
 
     def test_demo(self) -> None:
         """The demo gets its options."""
-        demo = self.record("demo", "main")
+        demo = self.record("commands.demo", "main")
         self.assertEqual(0, run("demo").status)
         self.assertEqual(0, run("demo", "--live", "--port", "0", "--once").status)
         self.assertEqual(
@@ -224,13 +225,13 @@ class OtherCommandsTest(CliTest):
 
     def test_standin(self) -> None:
         """The stand-in reads its own arguments, --help included."""
-        standin = self.record("standin", "main")
+        standin = self.record("standin.server", "main")
         self.assertEqual(0, run("standin", "--port", "0", "--help").status)
         standin.assert_called_once_with(["--port", "0", "--help"])
 
     def test_interrupt(self) -> None:
         """Ctrl-C ends a command without a traceback."""
-        self.record("demo", "main").side_effect = KeyboardInterrupt
+        self.record("commands.demo", "main").side_effect = KeyboardInterrupt
         self.assertEqual((130, "", ""), run("demo"))
 
 

@@ -97,7 +97,9 @@ class Values(unittest.TestCase):
 
     def test_log_cache_and_price(self) -> None:
         """The sections beside the path arrive in their final types; a path's ~ is the user's folder."""
-        got = parsed(A + """
+        got = parsed(
+            A
+            + """
         [log]
         enabled = false
         file = "~/x.jsonl"
@@ -110,14 +112,17 @@ class Values(unittest.TestCase):
         [price]
         input = 1
         output = 2.5
-        """)
+        """
+        )
         self.assertEqual(config.Log(False, os.path.expanduser("~/x.jsonl"), 1024**2, 0), got.log)
         self.assertEqual(config.Cache(False, "", 2 * 1024**2), got.cache)
         self.assertEqual(config.Price(1.0, 2.5), got.price)
 
     def test_memory(self) -> None:
         """What models may take, and how backends share it, arrives in its final types."""
-        got = parsed(A + """size = "6600MB"
+        got = parsed(
+            A
+            + """size = "6600MB"
         preload = true
         prefer_warm = true
         [memory]
@@ -127,7 +132,8 @@ class Values(unittest.TestCase):
         min_stay = "1m"
         patience = 2
         check = 0.5
-        """)
+        """
+        )
         self.assertEqual(config.Memory(False, 10 * 1024**3, 0, 60.0, 2.0, 0.5), got.memory)
         model = got.models["a"]
         self.assertEqual((6600 * 1024**2, True, True), (model.size, model.preload, model.prefer_warm))

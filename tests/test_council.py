@@ -13,8 +13,9 @@ from contextlib import ExitStack
 from typing import Any, ClassVar, Self
 from unittest import mock
 
-from portway import config, council
+from portway import config
 from portway.config import Model
+from portway.council import council
 from tests.daemon import Daemon
 from tests.doubles import HANG, LAST_CHUNK, Action, RawClient, RawResponse, ScriptedConnection, json_reply, sse_reply
 from tests.llama_server import LlamaServer, wait_for

@@ -5,7 +5,7 @@ from __future__ import annotations
 import unittest
 
 from portway.config import Backend, Model
-from portway.council_prompts import (
+from portway.council.prompts import (
     LEAST_SHARE,
     Response,
     Scrubber,

@@ -10,7 +10,7 @@ import subprocess
 import unittest
 from typing import NamedTuple
 
-from portway.standin import Fault, StandIn
+from portway.standin.server import Fault, StandIn
 from tests import clients_doc
 from tests.daemon import ROOT, Daemon, DaemonProcess
 

@@ -15,13 +15,14 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
-from portway import __version__, cli, doctor, probe
-from portway.doctor import Machine
-from portway.holder import Holder
-from portway.memory import Reading
-from portway.probe import Told
-from portway.standin import StandIn
-from portway.standin_answers import StandInModel
+from portway import __version__, cli
+from portway.commands import doctor, probe
+from portway.commands.doctor import Machine
+from portway.commands.holder import Holder
+from portway.commands.probe import Told
+from portway.memory.machine import Reading
+from portway.standin.answers import StandInModel
+from portway.standin.server import StandIn
 from tests.daemon import Daemon
 
 GIB = 1024**3

@@ -1,13 +1,13 @@
-"""failures.py: what each server's way of saying no means."""
+"""backends/failures.py: what each server's way of saying no means."""
 
 import json
 import unittest
 from dataclasses import replace
 from typing import Any
 
+from portway.backends.failures import CONTEXT_PHRASES, MAX_MESSAGE, classify, in_stream, is_loading, read_error
 from portway.config import Backend
 from portway.errors import FAILURES, BackendError
-from portway.failures import CONTEXT_PHRASES, MAX_MESSAGE, classify, in_stream, is_loading, read_error
 
 OLLAMA = Backend("ollama", "ollama", "http://127.0.0.1:11434", "http", "127.0.0.1", 11434)
 CLOUD = Backend("cloud", "openai", "https://api.example/v1", "https", "api.example", 443, api_key="sk-1")

@@ -13,10 +13,11 @@ import unittest
 from pathlib import Path
 from unittest import mock
 
-from portway import cli, config, first_config
-from portway.first_config import GIB, LADDER, Found, choose, explain, write_down
-from portway.standin import StandIn
-from portway.standin_answers import StandInModel
+from portway import cli, config
+from portway.commands import first_config
+from portway.commands.first_config import GIB, LADDER, Found, choose, explain, write_down
+from portway.standin.answers import StandInModel
+from portway.standin.server import StandIn
 
 CHAT = frozenset({"completion", "tools"})
 

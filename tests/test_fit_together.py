@@ -2,9 +2,10 @@
 
 import unittest
 
-from portway import config, memory
-from portway.residency import Residency
-from portway.standin import StandIn, StandInModel
+from portway import config
+from portway.memory import machine as memory
+from portway.memory.residency import Residency
+from portway.standin.server import StandIn, StandInModel
 from portway.watch import NoClient
 
 MODELS = {

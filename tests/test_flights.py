@@ -10,9 +10,9 @@ from collections.abc import Callable
 from typing import Any
 from unittest import mock
 
-from portway import flights
+from portway.cache import flights
+from portway.cache.flights import Crashed, Flights, Landed, Leader, Waiter
 from portway.errors import BackendError, ClientGone
-from portway.flights import Crashed, Flights, Landed, Leader, Waiter
 from portway.watch import ClientWatch, NoClient
 
 PATIENCE = 20.0  # seconds; no wait may take longer

@@ -1,9 +1,9 @@
-"""http1.py against generated input: it agrees with h11, and how bytes are cut changes nothing."""
+"""wire/http1.py against generated input: it agrees with h11, and how bytes are cut changes nothing."""
 
 import unittest
 from typing import Any
 
-from portway.http1 import MAX_HEAD, BadMessage, ChunkedDecoder, Incoming, parse_request, parse_response
+from portway.wire.http1 import MAX_HEAD, BadMessage, ChunkedDecoder, Incoming, parse_request, parse_response
 
 try:
     import h11

@@ -3,7 +3,7 @@ import unittest
 from portway import config
 from portway.errors import ClientError
 from portway.guards import Guards
-from portway.http1 import parse_request
+from portway.wire.http1 import parse_request
 
 
 def head(**fields):

@@ -10,7 +10,7 @@ import unittest
 from pathlib import Path
 from unittest import mock
 
-from portway import holder
+from portway.commands import holder
 
 # lsof 4.91 of macOS: a process's fields, then each of its files'; blanks in a name are escaped
 LSOF = "p24901\ncollama\nf3\nn127.0.0.1:11434\np512\ncLM\\x20Studi\nf21\nn[::1]:11434\nf22\nn*:11434\n"

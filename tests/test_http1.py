@@ -1,10 +1,10 @@
-"""http1.py: which bytes are HTTP/1.1, where a message ends, and what becomes of a refused body."""
+"""wire/http1.py: which bytes are HTTP/1.1, where a message ends, and what becomes of a refused body."""
 
 import unittest
 from collections.abc import Iterator
 
 from portway.errors import ClientError
-from portway.http1 import (
+from portway.wire.http1 import (
     MAX_CHUNK_LINE,
     MAX_EXTENSIONS,
     MAX_FIELDS,

@@ -1,11 +1,11 @@
-"""json_schema.py: what an answer in JSON has to look like."""
+"""council/json_schema.py: what an answer in JSON has to look like."""
 
 from __future__ import annotations
 
 import unittest
 from typing import Any
 
-from portway.json_schema import mismatch
+from portway.council.json_schema import mismatch
 
 POINT = {
     "type": "object",

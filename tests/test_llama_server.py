@@ -308,6 +308,7 @@ class ReasoningTest(Served):
 
     def test_in_the_history(self) -> None:
         """Reasoning can be sent back, and reaches the model: the prompt grows by it."""
+
         def prompt_tokens(**reasoning: str) -> int:
             said = {"role": "assistant", "content": "we walk", **reasoning}
             answer = self.good(ask(self.client, messages=[*HELLO, said, *HELLO], max_tokens=1))
@@ -562,6 +563,7 @@ class RouterTest(Case):
 
     def test_listing_loads_nothing(self) -> None:
         """Asking for the list of models wakes none of them."""
+
         def states() -> list[str]:
             return [model["status"]["value"] for model in self.server.get("/v1/models")["data"]]
 

@@ -11,8 +11,8 @@ from contextlib import closing
 from pathlib import Path
 from typing import Any
 
-from portway.cache import Cache
-from portway.standin import DEFAULT_MODELS, Fault, StandIn
+from portway.cache.store import Cache
+from portway.standin.server import DEFAULT_MODELS, Fault, StandIn
 from portway.telemetry import Log, Price
 from tests.daemon import Daemon
 from tests.doubles import LAST_CHUNK, RawClient, chunk, json_reply, sse_body, stream_head

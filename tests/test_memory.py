@@ -7,8 +7,9 @@ import tempfile
 import unittest
 from pathlib import Path
 
-from portway import footprint, memory
-from portway.arbiter import Need
+from portway.memory import footprint
+from portway.memory import machine as memory
+from portway.memory.arbiter import Need
 
 GB = 1024**3
 

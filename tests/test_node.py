@@ -10,7 +10,7 @@ import math
 import unittest
 from typing import Any, ClassVar
 
-from portway.standin import Fault, StandIn
+from portway.standin.server import Fault, StandIn
 from tests import clients_doc
 from tests.daemon import ROOT, Daemon, DaemonProcess
 from tests.llama_server import LlamaServer

@@ -13,7 +13,7 @@ import unittest
 from pathlib import Path
 from typing import Any
 
-from portway.standin import StandIn
+from portway.standin.server import StandIn
 from tests import clients_doc
 from tests.daemon import DaemonProcess
 from tests.llama_server import LlamaServer

@@ -19,7 +19,8 @@ from pathlib import Path
 from typing import ClassVar
 from unittest import mock
 
-from portway import __main__, __version__, pack
+from portway import __main__, __version__
+from portway.commands import pack
 
 ROOT = Path(__file__).resolve().parent.parent
 MODULES = sorted((ROOT / "portway").rglob("*.py"))

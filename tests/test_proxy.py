@@ -6,7 +6,7 @@ import unittest
 from pathlib import Path
 
 from portway import config, proxy
-from portway.standin import StandIn
+from portway.standin.server import StandIn
 from portway.telemetry import Log
 from tests.daemon import Daemon, DaemonProcess
 from tests.doubles import RawClient

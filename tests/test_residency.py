@@ -12,8 +12,14 @@ import urllib.request
 from collections.abc import Callable, Mapping
 from typing import Any, ClassVar
 
-from portway import config, memory, residency_api
-from portway.arbiter import (
+from portway import config
+from portway.backends.ollama import OllamaBackend
+from portway.call import Call, Limits
+from portway.call import Served as Answered
+from portway.errors import BackendError, ClientError, ClientGone
+from portway.memory import api as residency_api
+from portway.memory import machine as memory
+from portway.memory.arbiter import (
     DOUBTFUL,
     LEAVING,
     LOADED,
@@ -31,15 +37,11 @@ from portway.arbiter import (
     Shape,
     Wish,
 )
-from portway.backend_ollama import OllamaBackend
-from portway.call import Call, Limits
-from portway.call import Served as Answered
-from portway.errors import BackendError, ClientError, ClientGone
-from portway.residency import Place, Residency, budget_of
+from portway.memory.residency import Place, Residency, budget_of
 from portway.routing import Cooling, Router
-from portway.standin import Memory, StandIn, StandInModel
+from portway.standin.server import Memory, StandIn, StandInModel
 from portway.watch import ClientWatch, NoClient
-from portway.wire import dumps
+from portway.wire.events import dumps
 from tests.llama_server import wait_for
 
 GB = 1024**3

@@ -13,11 +13,13 @@ import unittest
 from dataclasses import replace
 from typing import Any, ClassVar
 
-from portway import config, residency_api, residency_cli
-from portway.arbiter import Shape
+from portway import config
+from portway.commands import residency as residency_cli
 from portway.errors import BackendError, ClientError
-from portway.residency import Residency
-from portway.resident import Known, shape_of
+from portway.memory import api as residency_api
+from portway.memory.arbiter import Shape
+from portway.memory.residency import Residency
+from portway.memory.resident import Known, shape_of
 from portway.watch import NoClient
 from tests.llama_server import wait_for
 from tests.test_residency import GB, SOON, Served, post

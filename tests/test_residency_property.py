@@ -17,8 +17,12 @@ from collections.abc import Callable
 from contextlib import ExitStack
 from typing import Any
 
-from portway import config, memory
-from portway.arbiter import (
+from portway import config
+from portway.backends.ollama import OllamaBackend
+from portway.call import Call, Limits
+from portway.errors import BackendError, ClientGone
+from portway.memory import machine as memory
+from portway.memory.arbiter import (
     DOUBTFUL,
     LEAVING,
     LOADING,
@@ -35,13 +39,10 @@ from portway.arbiter import (
     Shape,
     Wish,
 )
-from portway.backend_ollama import OllamaBackend
-from portway.call import Call, Limits
-from portway.errors import BackendError, ClientGone
-from portway.residency import Residency
-from portway.standin import Memory, StandIn, StandInModel
+from portway.memory.residency import Residency
+from portway.standin.server import Memory, StandIn, StandInModel
 from portway.watch import ClientWatch
-from portway.wire import DONE, dumps
+from portway.wire.events import DONE, dumps
 from tests.hypotheses import given_seeds
 
 GB = 1024**3

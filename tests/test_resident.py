@@ -9,11 +9,13 @@ import unittest
 from dataclasses import replace
 from typing import Any
 
-from portway import config, memory, residency_api
-from portway.backend_openai import OpenAIBackend
+from portway import config
+from portway.backends.openai import OpenAIBackend
 from portway.call import Limits
 from portway.errors import BackendError
-from portway.residency import Place, Residency, is_here
+from portway.memory import api as residency_api
+from portway.memory import machine as memory
+from portway.memory.residency import Place, Residency, is_here
 from portway.watch import NoClient
 from tests.doubles import ScriptedRequest, ScriptedServer, http_reply, json_reply
 from tests.llama_server import LlamaServer, wait_for
@@ -147,6 +149,7 @@ class OtherServersTest(unittest.TestCase):
 
     def test_one_that_does_not_tell(self) -> None:
         """vLLM and the like: requests go on, and it is told why nobody minds them."""
+
         def answer(request: ScriptedRequest) -> bytes:
             known = {"data": [{"id": "a-70b", "owned_by": "vllm"}]} if request.path == "/v1/models" else {}
             return json_reply(known, 200 if known else 404)

@@ -16,7 +16,7 @@ import unittest
 from collections.abc import Callable, Iterable
 from typing import Any, ClassVar, NamedTuple
 
-from portway.standin import Fault, StandIn
+from portway.standin.server import Fault, StandIn
 from tests import clients_doc
 from tests.daemon import ROOT, Daemon, DaemonProcess
 from tests.doubles import LAST_CHUNK, Action, ScriptedServer, chunk, sse_body, stream_head
@@ -156,9 +156,7 @@ class Both:
         self.assertEqual([], last.choices)
         self.assertTrue(all(each.usage is None for each in others))
         usage: Any = last.usage
-        self.assertEqual(
-            (plain.prompt_tokens, plain.completion_tokens), (usage.prompt_tokens, usage.completion_tokens)
-        )
+        self.assertEqual((plain.prompt_tokens, plain.completion_tokens), (usage.prompt_tokens, usage.completion_tokens))
 
     def test_max_tokens_under_both_names(self: Any) -> None:
         """max_tokens and max_completion_tokens both cut the answer, and finish_reason says so."""

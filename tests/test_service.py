@@ -14,9 +14,10 @@ import tempfile
 import unittest
 from pathlib import Path
 
-from portway import __version__, pack, service, service_units
-from portway.service import Done, System
-from portway.service_units import AGENT_KEYS, BadUnit, Job, agent, read_launchctl, read_systemctl, unit
+from portway import __version__
+from portway.commands import pack, service, service_units
+from portway.commands.service import Done, System
+from portway.commands.service_units import AGENT_KEYS, BadUnit, Job, agent, read_launchctl, read_systemctl, unit
 
 ROOT = Path(__file__).resolve().parent.parent
 VALID = '[backends.b]\nkind = "ollama"\nurl = "http://127.0.0.1:1"\n[models.m]\nbackend = "b"\nmodel = "x"\n'
@@ -473,7 +474,7 @@ class PackTest(unittest.TestCase):
     def test_out_of_itself(self):
         """Out of the one file the same file comes, also onto itself."""
         pack.build(str(self.folder / "a.pyz"))
-        code = "import sys; from portway import pack; [pack.build(out) for out in sys.argv[1:]]"
+        code = "import sys; from portway.commands import pack; [pack.build(out) for out in sys.argv[1:]]"
         command = [sys.executable, "-S", "-c", code, "a.pyz", "b.pyz"]
         before = (self.folder / "a.pyz").read_bytes()
         subprocess.run(command, cwd=self.folder, env={"PYTHONPATH": "a.pyz"}, check=True, timeout=30)

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
-from portway import cache_file
+from portway.cache import file as cache_file
 from tests.cached import BROKEN, CachedCase, chat, choice, configured, facts_of, streamed, text_of, verdict
 from tests.daemon import Daemon
 from tests.doubles import LAST_CHUNK, Action, RawClient, chunk, json_reply, sse_body, stream_head

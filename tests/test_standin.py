@@ -15,12 +15,10 @@ import unittest
 from collections.abc import Callable
 from typing import Any
 
-from portway import standin_answers as answers
-from portway import standin_faults as faults
-from portway import standin_protocol as protocol
-from portway.standin import Fault, Request, StandIn, StandInModel, parse_failure, parse_model, parse_size
-from portway.standin_memory import Memory, Resident
-from portway.standin_wire import Bell
+from portway.standin import answers, faults, protocol
+from portway.standin.memory import Memory, Resident
+from portway.standin.server import Fault, Request, StandIn, StandInModel, parse_failure, parse_model, parse_size
+from portway.standin.wire import Bell
 from tests.doubles import (
     CLOSE,
     HALF_CLOSE,

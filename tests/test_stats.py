@@ -1,4 +1,4 @@
-"""stats.py: what `portway stats` says of a log, whatever state the log is in."""
+"""commands/stats.py: what `portway stats` says of a log, whatever state the log is in."""
 
 import contextlib
 import gzip
@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
-from portway import stats
-from portway.stats import HELP, Figures, Piece, main, parse, quantile, read, read_options, summarize
+from portway.commands import stats
+from portway.commands.stats import HELP, Figures, Piece, main, parse, quantile, read, read_options, summarize
 from portway.telemetry import LogFile, Price, Record, line, old_files
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -346,7 +346,7 @@ class CommandLine(InAFolder):
         """With its helper processes, isolated as a service or a zipapp would run it."""
         block = b"".join(a_line(n) for n in range(1000))
         self.write(*([block] * (-(-(stats.SHARE + 1) // len(block)))))
-        program = f"import sys; sys.path.insert(0, {str(ROOT)!r})\nfrom portway import stats\n"
+        program = f"import sys; sys.path.insert(0, {str(ROOT)!r})\nfrom portway.commands import stats\n"
         program += "if __name__ == '__main__': sys.exit(stats.main(sys.argv[1:]))\n"
         script = Path(self.folder, "run.py")
         script.write_text(program)

@@ -12,8 +12,8 @@ import unittest
 import xml.etree.ElementTree as ET
 from pathlib import Path
 
-from portway.standin_answers import StandInModel
-from portway.standin_memory import Memory
+from portway.standin.answers import StandInModel
+from portway.standin.memory import Memory
 from scripts import stress
 from scripts.stress import Answer, Look, Process, Sample, Target, Told
 
@@ -43,7 +43,7 @@ VMSTAT = "nr_free_pages 4946213\npgpgin 100\npgpgout 2345\npswpin 1\npswpout 7\n
 
 
 SOURCES = Path(stress.__file__).resolve().parent.parent / "portway"
-WIRED = any("Residency(" in path.read_text("utf-8") for path in SOURCES.glob("*.py") if path.name != "residency.py")
+WIRED = any("Residency(" in path.read_text("utf-8") for path in SOURCES.rglob("*.py") if path.name != "residency.py")
 
 
 def run(*argv):

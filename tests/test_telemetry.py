@@ -19,8 +19,9 @@ from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
-from portway import stats, telemetry
+from portway import telemetry
 from portway.call import Attempt
+from portway.commands import stats
 from portway.errors import BackendError, ClientError
 from portway.telemetry import Log, LogFile, Price, Record, is_local, line, log_path, old_files
 

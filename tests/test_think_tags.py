@@ -1,8 +1,8 @@
-"""think_tags.py: thinking that a server left in the text, however it is cut."""
+"""wire/think_tags.py: thinking that a server left in the text, however it is cut."""
 
 import unittest
 
-from portway.think_tags import ThinkTags
+from portway.wire.think_tags import ThinkTags
 
 # text -> thinking, answer
 CASES = {

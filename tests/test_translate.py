@@ -1,4 +1,4 @@
-"""translate.py: OpenAI's requests in Ollama's words, Ollama's lines in OpenAI's."""
+"""wire/translate.py: OpenAI's requests in Ollama's words, Ollama's lines in OpenAI's."""
 
 import base64
 import itertools
@@ -10,7 +10,8 @@ from typing import Any
 from portway.call import Call, Endpoint
 from portway.config import Backend, Model
 from portway.errors import BackendError, ClientError
-from portway.translate import (
+from portway.wire.events import SSEReader
+from portway.wire.translate import (
     ChatStream,
     chat_request,
     embed_request,
@@ -19,7 +20,6 @@ from portway.translate import (
     new_call_id,
     prompt_chars,
 )
-from portway.wire import SSEReader
 
 BACKEND = Backend("ollama", "ollama", "http://127.0.0.1:11434", "http", "127.0.0.1", 11434)
 HI = [{"role": "user", "content": "Hi"}]

@@ -1,4 +1,4 @@
-"""transport.py over real sockets: the pool, what is sent again and what never is, every limit, every way to fail."""
+"""backends/transport.py over real sockets: the pool, what is sent again and what never is, each limit, each failure."""
 
 import contextlib
 import errno
@@ -16,13 +16,13 @@ from dataclasses import replace
 from typing import Any
 from unittest import mock
 
-from portway import transport
+from portway.backends import transport
+from portway.backends.transport import Patience, Pool, Reply
 from portway.call import Limits, Watch
 from portway.config import Backend
 from portway.errors import BackendError, ClientGone
-from portway.http1 import MAX_HEAD
-from portway.transport import Patience, Pool, Reply
 from portway.watch import ClientWatch, NoClient
+from portway.wire.http1 import MAX_HEAD
 from tests.doubles import (
     CLOSE,
     HALF_CLOSE,

@@ -1,4 +1,4 @@
-"""wire.py: JSON text, SSE and NDJSON, however the bytes are cut."""
+"""wire/events.py: JSON text, SSE and NDJSON, however the bytes are cut."""
 
 import json
 import time
@@ -6,7 +6,7 @@ import unittest
 from collections.abc import Iterator
 
 from portway.errors import ClientError
-from portway.wire import DONE, MAX_DEPTH, NDJSONReader, SSEReader, WireError, dumps, loads, loads_object, sse
+from portway.wire.events import DONE, MAX_DEPTH, NDJSONReader, SSEReader, WireError, dumps, loads, loads_object, sse
 
 BOM = b"\xef\xbb\xbf"
 

@@ -6,7 +6,7 @@ import os
 import time
 from pathlib import Path
 
-from portway.cache_file import CacheFile, Row
+from portway.cache.file import CacheFile, Row
 
 BATCH = 20_000
 DOCUMENT = b'{"choices":[{"index":0,"message":{"role":"assistant","content":"%b"},"finish_reason":"stop"}]}'

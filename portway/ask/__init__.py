@@ -1,0 +1,1 @@
+"""`ask`, the command line's client. It knows the daemon only over HTTP."""

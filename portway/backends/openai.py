@@ -1,0 +1,569 @@
+"""Backends that speak OpenAI's API: llama-server, llama-swap, vLLM, LM Studio, a cloud.
+
+A request goes through as it came but for what Portway owns: the model's name, the model's `params`
+where the client is silent, and `stream_options.include_usage`. An answer comes back as it is but
+for the model's name, one id and one `created` a stream, and thinking, which stands under both its
+names and never in the text. Bytes that need no change are not parsed: a request is spliced, and a
+stream's chunks, once their shape is known, are only searched for what would make them special.
+"""
+
+from __future__ import annotations
+
+import re
+import time
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING, Any
+
+from portway.backends.failures import in_stream
+from portway.backends.transport import Patience, Pool, Reply
+from portway.backends.upstream import MAX_ERROR, broken_once_begun, error_of, request_head
+from portway.call import Tally
+from portway.errors import BackendError
+from portway.wire.events import DONE, SSEReader, WireError, dumps, loads, sse
+from portway.wire.think_tags import OPEN, ThinkTags
+
+if TYPE_CHECKING:
+    from portway.call import Call, Limits, Watch
+    from portway.config import Backend, Model
+
+PATHS: Mapping[str, str] = {
+    "chat": "/v1/chat/completions",
+    "completions": "/v1/completions",
+    "embeddings": "/v1/embeddings",
+}
+LOADING_PAUSE = 0.25  # seconds between two questions to a server that says "Loading model"; it offers no event
+LOADING_AGAIN = 10.0  # seconds after which a client may ask again for a model that is still being loaded
+MAX_KEPT = 4 * 1024 * 1024  # bytes of relayed chunks kept for counting after the end
+
+
+class OpenAIBackend:
+    """`open` a Call on one server."""
+
+    def __init__(self, backend: Backend) -> None:
+        self._pool = Pool(backend)
+        self._heads = {endpoint: request_head(backend, path) for endpoint, path in PATHS.items()}
+
+    def open(self, call: Call, target: Model, limits: Limits, watch: Watch) -> OpenAIAnswer:
+        """Send it and return once a successful answer's head is in. Raises BackendError, ClientGone."""
+        body, warnings = request_body(call, target)
+        request = b"%s%d\r\n\r\n%s" % (self._heads[call.endpoint], len(body), body)
+        if not call.stream:
+            watch.phase = "prompt"  # of a plain answer there is nothing to see before its end
+        started = time.monotonic()
+        load_until = min(started + limits.load, limits.answer_by)
+        while True:
+            patience = Patience(limits, plain=not call.stream)
+            reply = self._pool.exchange(request, limits, watch, patience)
+            if reply.head.status == 200:
+                watch.phase = "prompt"
+                return OpenAIAnswer(call, target, reply, patience, warnings)
+            error = error_of(reply, target.model, target.backend)
+            if error.reason != "loading_timeout":
+                raise error
+            now = time.monotonic()
+            if now >= load_until:
+                message = f"still loading its model after {now - started:.1f} s"
+                raise BackendError("loading_timeout", message, retry_after=LOADING_AGAIN)
+            watch.phase = "loading"
+            watch.pause(min(now + LOADING_PAUSE, load_until))
+
+    def close(self) -> None:
+        """See Backend.close (call.py)."""
+        self._pool.close()
+
+
+# --- the request ----------------------------------------------------------------------------------
+
+_MODEL_MEMBER = re.compile(rb'"model"\s*:\s*"(?:[^"\\]|\\.)*"')
+_ESCAPED_KEY = b"\\u006"  # how each letter of "model" begins when written as an escape
+_LIMITS = ("max_tokens", "max_completion_tokens", "n_predict")  # the last one is llama-server's own
+
+
+def request_body(call: Call, target: Model) -> tuple[bytes, list[str]]:
+    """(the client's body with Portway's changes, warnings); the client's own bytes wherever that is possible."""
+    asked = call.body
+    warnings: list[str] = []
+    changes: dict[str, Any] = {key: value for key, value in target.params.items() if asked.get(key) is None}
+    if call.stream:
+        changes |= _usage_wanted(asked.get("stream_options"))
+    if call.endpoint == "chat":
+        changes |= _thinking(asked, target)
+        if target.merge_system:
+            changes |= _merged(asked["messages"])
+    if call.endpoint != "embeddings" and target.max_tokens is not None:
+        capped = _capped({**asked, **changes}, target.max_tokens)
+        if any(asked.get(key) is not None for key in capped):
+            warnings.append("capped(max_tokens)")
+        changes |= capped
+    if any(key in asked for key in changes):
+        return dumps({**asked, **changes, "model": target.model}), warnings
+    return splice(call.raw, asked, target.model, changes), warnings
+
+
+def splice(raw: bytes, body: dict[str, Any], model: str, additions: dict[str, Any]) -> bytes:
+    """`raw`, which is `body`, with another model and with members that it lacks, else untouched.
+
+    Only where the model's one member can be told from the bytes: it is there, `"model"` stands once,
+    and no key is written with escapes. Else the whole body is written anew.
+    """
+    plain = isinstance(body.get("model"), str) and raw.count(b'"model"') == 1 and _ESCAPED_KEY not in raw
+    found = _MODEL_MEMBER.search(raw) if plain else None
+    if found is None:
+        return dumps({**body, **additions, "model": model})
+    start = raw.index(b"{")  # after a byte order mark, maybe
+    return b'{%s%s"model":%s%s' % (
+        dumps(additions)[1:-1] + b"," if additions else b"",
+        raw[start + 1 : found.start()],
+        dumps(model),
+        raw[found.end() :],
+    )
+
+
+def _usage_wanted(options: Any) -> dict[str, Any]:
+    """Usage is always asked for, so that it is known."""
+    options = options or {}
+    return {} if options.get("include_usage") else {"stream_options": {**options, "include_usage": True}}
+
+
+def _thinking(asked: Mapping[str, Any], target: Model) -> dict[str, Any]:
+    """How the configured `think` is told: a level is OpenAI's reasoning_effort, on and off are the
+    chat template's enable_thinking (llama-server, vLLM). A client that says either itself is left alone."""
+    think = target.think
+    if think is None or asked.get("reasoning_effort") is not None or asked.get("chat_template_kwargs") is not None:
+        return {}
+    if isinstance(think, str):
+        return {"reasoning_effort": think}
+    return {"chat_template_kwargs": {**target.params.get("chat_template_kwargs", {}), "enable_thinking": think}}
+
+
+def _merged(messages: list[dict[str, Any]]) -> dict[str, Any]:
+    """All system messages as one first one, for templates that refuse a later or a second one."""
+    system = [message for message in messages if message["role"] in ("system", "developer")]
+    if not system or (len(system) == 1 and messages[0] is system[0]):
+        return {}
+    others = [message for message in messages if message["role"] not in ("system", "developer")]
+    text = "\n\n".join(_text(message.get("content")) for message in system)
+    return {"messages": [{"role": "system", "content": text}, *others]}
+
+
+def _text(content: Any) -> str:
+    if not isinstance(content, list):
+        return content if isinstance(content, str) else ""
+    return "\n".join(part["text"] for part in content if isinstance(part, dict) and isinstance(part.get("text"), str))
+
+
+def _capped(body: Mapping[str, Any], most: int) -> dict[str, int]:
+    """`max_tokens` of the model, where more is asked for (-1: no limit) or nothing is said."""
+    said = {key: body[key] for key in _LIMITS if body.get(key) is not None}
+    if not said:
+        return {"max_tokens": most}
+    numbers = {key: value for key, value in said.items() if isinstance(value, int | float)}
+    return {key: most for key, value in numbers.items() if not 0 <= value <= most}
+
+
+# --- the answer -----------------------------------------------------------------------------------
+
+
+class OpenAIAnswer:
+    """An Answer (call.py) read from an OpenAI server."""
+
+    def __init__(self, call: Call, target: Model, reply: Reply, patience: Patience, warnings: list[str]) -> None:
+        self.tally = Tally()
+        self.warnings = warnings
+        self._call = call
+        self._target = target
+        self._reply = reply
+        self._patience = patience
+        self._relay = _Relay(call, target, self.tally)
+
+    def whole(self) -> bytes:
+        """See Answer.whole."""
+        raw = self._reply.read_all()
+        body = _document(raw, self._target)
+        changed = False
+        if self._call.endpoint != "embeddings":
+            changed = read_whole(body, self.tally, chat=self._call.endpoint == "chat")
+        elif not isinstance(body.get("data"), list):
+            raise BackendError("bad_answer", "the answer has no `data`")
+        elif _is_wider(body["data"], self._call.body.get("dimensions")):
+            self.warnings.append("ignored(dimensions)")
+        read_usage(body, self.tally)
+        if _is_false(body.get("usage")):
+            del body["usage"]
+            changed = True
+        if changed:
+            return dumps({**body, "model": self._target.name})
+        return splice(raw, body, self._target.name, {})
+
+    def pieces(self) -> Iterator[bytes]:
+        """See Answer.pieces. A piece holds every event that one read gave: one write for all of them."""
+        return broken_once_begun(self._pieces(), self._target)
+
+    def close(self) -> None:
+        """See Answer.close; also completes the tally with what was relayed unread."""
+        if self._relay.ended:
+            self._reply.settle()
+        self._reply.close()
+        self._relay.count()
+
+    def _pieces(self) -> Iterator[bytes]:
+        if "event-stream" not in self._reply.head.headers.get("content-type", "event-stream").lower():
+            raise self._not_a_stream()
+        relay, held = self._relay, b""
+        for events in self._events():
+            frames, error = relay.frames(events)
+            held += frames
+            if held and (relay.content or relay.ended):
+                yield held
+                self._patience.content()  # only now: the client may have taken its time over it
+                held = b""
+            if error:
+                raise error
+            if relay.ended:
+                return
+
+    def _events(self) -> Iterator[list[bytes]]:
+        """The data of the events, as they come; at the end of the connection [DONE] if it is due."""
+        reader = SSEReader()
+        lost: BackendError | None = None
+        try:
+            while data := self._reply.read():
+                if events := reader.feed(data):
+                    yield events
+            if last := reader.finish():
+                yield [last]
+        except WireError as exc:
+            raise BackendError("bad_answer", f"the stream is not what it should be: {exc}") from None
+        except BackendError as exc:
+            if exc.reason != "connection_lost":
+                raise
+            lost = exc
+        if self._relay.finished:  # some servers end without [DONE]
+            yield [b"[DONE]"]
+        if lost:
+            raise lost
+        if not self._relay.begun:
+            raise BackendError("empty_answer", "the stream is empty")
+        raise BackendError("connection_lost", "the stream ended before the answer did")
+
+    def _not_a_stream(self) -> BackendError:
+        kind = self._reply.head.headers.get("content-type", "")
+        raw = self._reply.read_all(MAX_ERROR)
+        if raw.lstrip()[:1] in (b"", b"{"):
+            _document(raw, self._target)  # an error, most likely
+        return BackendError("bad_answer", f"not an event stream but {kind[:60]}")
+
+
+def _is_wider(data: list[Any], dimensions: Any) -> bool:
+    """Whether the first vector is longer than was asked for: llama-server ignores `dimensions`."""
+    first = data[0].get("embedding") if data and isinstance(data[0], dict) else None
+    if not isinstance(dimensions, int) or not isinstance(first, list | str):
+        return False
+    return (len(first) if isinstance(first, list) else len(first) * 3 // 16) > dimensions  # base64 of 4 bytes each
+
+
+class _Relay:
+    """Turns upstream chunks into what the client gets."""
+
+    def __init__(self, call: Call, target: Model, tally: Tally) -> None:
+        self.begun = False  # any chunk has been seen
+        self.content = False  # the first content has been seen
+        self.ended = False  # [DONE] has been seen
+        self._call = call
+        self._target = target
+        self._tally = tally
+        self._chat = call.endpoint == "chat"
+        self._count = _expected(call.body.get("n"))
+        self._finished: set[int] = set()  # the choices with a finish_reason
+        self._tags: dict[int, ThinkTags] = {}  # of the choices whose text may still begin with a tag
+        self._settled: set[int] = set()  # the choices whose text can't any more
+        self._id: Any = None
+        self._created: Any = None
+        self._learned = False
+        self._needles: tuple[bytes, ...] = ()
+        self._null_usage = False
+        self._old_model = self._new_model = b""
+        self._kept: list[bytes] = []
+        self._kept_bytes = 0
+
+    @property
+    def finished(self) -> bool:
+        """Whether every choice has its finish_reason: the answer is whole, [DONE] or not."""
+        return len(self._finished) >= self._count
+
+    def frames(self, events: list[bytes]) -> tuple[bytes, BackendError | None]:
+        """The frames of some events, as far as one that is an error; what stands before it still counts."""
+        frames = []
+        error = None
+        try:
+            for data in events:
+                if data == b"[DONE]":
+                    frames.append(self.end())
+                    break
+                frames.append(self.quick(data) or self.frame(data))
+        except BackendError as exc:
+            error = exc
+        return b"".join(frames), error
+
+    def quick(self, data: bytes) -> bytes | None:
+        """The frame of a chunk that is like the ones before it and only needs the model's name;
+        None if it must be looked at. The needles cannot stand inside a JSON string: there each
+        quote has a backslash before it."""
+        for needle in self._needles:
+            if needle not in data:
+                return None
+        if not self._needles or b'"error"' in data or b'"reasoning' in data or data.count(self._old_model) != 1:
+            return None
+        if (b'"usage"' in data) is not self._null_usage or b"\n" in data or data[0] != 0x7B:
+            return None
+        if self._kept_bytes < MAX_KEPT:
+            self._kept.append(data)
+            self._kept_bytes += len(data)
+        return b"data: %s\n\n" % data.replace(self._old_model, self._new_model)
+
+    def frame(self, data: bytes) -> bytes:
+        """The frame of any chunk; b"" if the client should not see it. Raises BackendError."""
+        chunk = _document(data, self._target)
+        self.begun = True
+        choices = _choices(chunk)
+        for choice in choices:
+            self._look_at(choice)
+        if self.content and not self._learned:
+            self._learn(data, chunk)
+        read_usage(chunk, self._tally)
+        usage = chunk.get("usage")
+        if usage is not None and (not self._call.include_usage or _is_false(usage)):
+            if not choices:
+                return b""
+            del chunk["usage"]
+        return sse(dumps(self._own(chunk)))
+
+    def end(self) -> bytes:
+        """What [DONE] leads to. Raises BackendError if that is no end of an answer."""
+        frames = b""
+        for index, tags in self._tags.items():
+            thought, text = tags.flush()
+            if thought or text:  # a beginning of a tag, which now is none
+                choice = {"index": index, "delta": _delta(thought, text), "finish_reason": None}
+                self.content = count_choice(choice, self._tally)
+                frames += sse(dumps(self._own({"object": "chat.completion.chunk", "choices": [choice]})))
+        if self._chat and not self.content and not _may_be_empty(self._tally):
+            raise BackendError("empty_answer", "the answer is empty")
+        self.ended = True
+        return frames + DONE
+
+    def count(self) -> None:
+        """Add what the chunks hold that `quick` relayed unread."""
+        kept, self._kept = self._kept, []
+        for data in kept:
+            try:
+                for choice in _choices(loads(data)):
+                    count_choice(choice, self._tally)
+            except (WireError, BackendError):
+                continue  # it was relayed as it came, and what it is does not count any more
+
+    def _look_at(self, choice: dict[str, Any]) -> None:
+        index = choice.get("index")
+        index = index if isinstance(index, int) else 0
+        if self._chat and index not in self._settled:
+            self._segregate(choice, index)
+        if count_choice(choice, self._tally):
+            self.content = True
+        if choice.get("finish_reason"):
+            self._finished.add(index)
+
+    def _segregate(self, choice: dict[str, Any], index: int) -> None:
+        """Take thinking out of the text, where a server without a reasoning parser leaves it."""
+        delta = choice.get("delta")
+        if not isinstance(delta, dict):
+            return
+        tags = self._tags.setdefault(index, ThinkTags())
+        content = delta.get("content")
+        if isinstance(content, str):
+            thought, text = tags.split(content)
+        elif content:  # a list of parts, say: nothing to split
+            thought, text = tags.flush()
+            tags.settled = True
+        else:
+            thought, text = "", ""
+        # thinking or a tool call of its own: the server takes the text apart by itself
+        by_itself = any(delta.get(key) for key in ("reasoning_content", "reasoning", "tool_calls"))
+        if by_itself or choice.get("finish_reason"):
+            held_thought, held_text = tags.flush()
+            thought, text = thought + held_thought, text + held_text
+        if thought:
+            delta["reasoning_content"] = thought + (delta.get("reasoning_content") or "")
+        if text or isinstance(content, str):
+            delta["content"] = text
+        if by_itself or tags.settled:
+            self._settled.add(index)
+            self._tags.pop(index)
+
+    def _own(self, chunk: dict[str, Any]) -> dict[str, Any]:
+        """The chunk under the stream's one id and time, and the name of the model that serves."""
+        if self._id is None:
+            self._id, self._created = chunk.get("id") or self._call.id, chunk.get("created") or self._call.created
+        add_reasoning_alias(chunk, "delta")
+        chunk["id"], chunk["created"], chunk["model"] = self._id, self._created, self._target.name
+        return chunk
+
+    def _learn(self, data: bytes, chunk: dict[str, Any]) -> None:
+        """Take the needles for `quick` from the first chunk with content, once no tag can come any more."""
+        if self._count > 1 or (self._chat and not self._settled):
+            return
+        self._learned = True
+        model = chunk.get("model")
+        self._null_usage = "usage" in chunk and chunk["usage"] is None
+        self._own(dict(chunk, choices=[]))
+        members = [("id", self._id), ("created", self._created), ("model", model), ("finish_reason", None)]
+        members += [("usage", None)] if self._null_usage else []
+        needles = [_member(data, key, value) for key, value in members]
+        if None in needles or chunk.get("id") != self._id or chunk.get("created") != self._created:
+            return
+        self._needles = tuple(needle for needle in needles if needle is not None)
+        self._old_model = self._needles[2]
+        self._new_model = b'"model":' + dumps(self._target.name)
+
+
+def _member(data: bytes, key: str, value: Any) -> bytes | None:
+    """`"key":value` as it stands in `data`, with or without a space; None if it is not there."""
+    for colon in (b":", b": "):
+        needle = dumps(key) + colon + dumps(value)
+        end = data.find(needle) + len(needle)
+        if needle in data:
+            return needle + data[end : end + 1] if isinstance(value, int) else needle  # 12 must not be found in 123
+    return None
+
+
+def _expected(n: Any) -> int:
+    """How many choices a request leads to."""
+    return n if isinstance(n, int) and n > 1 else 1
+
+
+# --- what stands in an answer ---------------------------------------------------------------------
+
+_CONTENT = ("content", "reasoning_content", "reasoning", "tool_calls", "function_call", "refusal", "audio", "images")
+
+
+def read_whole(body: dict[str, Any], tally: Tally, *, chat: bool) -> bool:
+    """Count a plain answer's choices; whether any was changed. Raises BackendError if it answers nothing.
+
+    A legacy completion may be empty: the text to fill in between two others often is.
+    """
+    choices = _choices(body)
+    if not choices:
+        raise BackendError("bad_answer", "the answer has no `choices`")
+    split = [_segregate_whole(choice) for choice in choices] if chat else []
+    content = [count_choice(choice, tally) for choice in choices]
+    if chat and not any(content) and not _may_be_empty(tally):
+        raise BackendError("empty_answer", "the answer is empty")
+    return add_reasoning_alias(body, "message") or any(split)
+
+
+def read_usage(body: Mapping[str, Any], tally: Tally) -> None:
+    """Take the token counts from an answer's or a chunk's usage."""
+    usage = body.get("usage")
+    if isinstance(usage, dict) and not _is_false(usage):
+        tally.prompt_tokens = _known(usage.get("prompt_tokens"), tally.prompt_tokens)
+        tally.completion_tokens = _known(usage.get("completion_tokens"), tally.completion_tokens)
+    timings = body.get("timings")
+    if isinstance(timings, dict) and isinstance(timings.get("predicted_ms"), int | float):
+        tally.decode_s = timings["predicted_ms"] / 1000
+
+
+def count_choice(choice: Mapping[str, Any], tally: Tally) -> bool:
+    """Count one choice of a chunk or an answer; whether it carries content."""
+    part = choice.get("delta") or choice.get("message") or {}
+    tally.content_chars += _length(part.get("content")) + _length(choice.get("text")) + _length(part.get("refusal"))
+    tally.reasoning_chars += _length(part.get("reasoning_content") or part.get("reasoning"))
+    calls = part.get("tool_calls")
+    tally.tool_calls += sum(1 for call in _list(calls) if isinstance(call, dict) and call.get("id"))
+    reason = choice.get("finish_reason")
+    if reason and isinstance(reason, str):
+        tally.finish_reason = reason
+    return bool(choice.get("text")) or any(part.get(key) for key in _CONTENT)
+
+
+def add_reasoning_alias(body: Mapping[str, Any], part: str) -> bool:
+    """Give reasoning under both of its names, `reasoning_content` and `reasoning`; whether any was there."""
+    changed = False
+    for choice in _list(body.get("choices")):
+        message = choice.get(part)
+        text = message.get("reasoning_content") or message.get("reasoning") if isinstance(message, dict) else None
+        if text:
+            message["reasoning_content"] = message["reasoning"] = text
+            changed = True
+    return changed
+
+
+def _document(raw: bytes, target: Model) -> dict[str, Any]:
+    """An answer or a chunk of one. Raises BackendError, also for an error that came with status 200."""
+    if not raw.strip():
+        raise BackendError("empty_answer", "the answer has no body")
+    try:
+        body = loads(raw)
+    except WireError as exc:
+        raise BackendError("bad_answer", f"the answer is {exc}") from None
+    if not isinstance(body, dict):
+        raise BackendError("bad_answer", "the answer is not a JSON object")
+    error = body if body.get("object") == "error" else body.get("error")  # older vLLMs have no envelope
+    if error:
+        raise in_stream(error, model=target.model, backend=target.backend)
+    return body
+
+
+def _choices(body: Any) -> list[dict[str, Any]]:
+    """The choices, each with objects where texts are found. Raises BackendError for another shape."""
+    choices = body.get("choices") if isinstance(body, dict) else None
+    if choices is None:
+        return []
+    if not isinstance(choices, list) or not all(map(_is_choice, choices)):
+        raise BackendError("bad_answer", "`choices` is not what it should be")
+    return choices
+
+
+def _is_choice(value: Any) -> bool:
+    return isinstance(value, dict) and all(isinstance(value.get(key), dict | None) for key in ("delta", "message"))
+
+
+def _segregate_whole(choice: dict[str, Any]) -> bool:
+    """The same as _Relay does, for a plain answer; whether there was anything to do."""
+    message = choice.get("message") or {}
+    content = message.get("content")
+    if not isinstance(content, str) or not content.lstrip().startswith(OPEN):
+        return False
+    if message.get("reasoning_content") or message.get("reasoning"):  # the server takes it apart by itself
+        return False
+    tags = ThinkTags()
+    thought, text = tags.split(content)
+    rest = tags.flush()
+    message.update(_delta(thought + rest[0], text + rest[1]))
+    return True
+
+
+def _delta(thought: str, text: str) -> dict[str, str]:
+    return {"reasoning_content": thought, "content": text} if thought else {"content": text}
+
+
+def _may_be_empty(tally: Tally) -> bool:
+    """Whether the finish reason explains an answer without content."""
+    return tally.finish_reason in ("length", "content_filter")
+
+
+def _is_false(usage: Any) -> bool:
+    """Counts that are all zero: some servers send them where they did not count."""
+    if not isinstance(usage, dict) or usage.get("prompt_tokens") != 0:
+        return False
+    return not usage.get("completion_tokens") and not usage.get("total_tokens")
+
+
+def _known(count: Any, before: int | None) -> int | None:
+    return count if isinstance(count, int) and count >= 0 else before
+
+
+def _length(text: Any) -> int:
+    return len(text) if isinstance(text, str) else 0
+
+
+def _list(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else []

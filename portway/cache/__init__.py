@@ -1,0 +1,1 @@
+"""Stored answers, beside the request path and never in its way."""

@@ -1,0 +1,1 @@
+"""What `portway COMMAND` runs; each command's module is imported when it is typed."""

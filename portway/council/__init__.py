@@ -1,0 +1,1 @@
+"""Pseudo-models: names behind which several models answer."""

@@ -1,0 +1,1 @@
+"""Bytes and values on the wire, in both directions. Pure: nothing here does I/O."""
