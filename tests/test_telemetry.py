@@ -362,10 +362,12 @@ class Queue(InAFolder):
             log.record(a_record(2, body=body, size=100))
             while not log.written:
                 self.assertTrue(log._writer.is_alive())
-            log.record(a_record(3, body=body, size=100))
-            log.close(PATIENCE)
+            with mock.patch.object(telemetry, "GATHER", 10_000.0):
+                log.record(a_record(3, body=body, size=100))
+                log.record(a_record(4, body=body, size=100))
+                log.close(PATIENCE)
         hashed = {found["id"]: found["prompt_hash"] is not None for found in lines_of(self.path)}
-        self.assertEqual(hashed, {"r1": False, "r2": True, "r3": True})
+        self.assertEqual(hashed, {"r1": False, "r2": True, "r3": True, "r4": False})
 
     def test_a_body_is_let_go(self):
         """The record that its daemon may still hold keeps no prompt: a short one not for a moment."""
