@@ -102,13 +102,16 @@ def loads(data: bytes) -> Any:
         raise WireError(f"not JSON: {exc}") from None
 
 
+_ENCODER = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"))  # json.dumps() makes one each time: 0.8 us
+_ASCII_ENCODER = json.JSONEncoder(separators=(",", ":"))
+
+
 def dumps(value: Any) -> bytes:
     """Compact UTF-8 JSON. Lone surrogates, legal as escapes in JSON but not in UTF-8, stay escapes."""
-    text = json.dumps(value, ensure_ascii=False, separators=(",", ":"))
     try:
-        return text.encode("utf-8")
+        return _ENCODER.encode(value).encode("utf-8")
     except UnicodeEncodeError:
-        return json.dumps(value, separators=(",", ":")).encode("ascii")
+        return _ASCII_ENCODER.encode(value).encode("ascii")
 
 
 # --- server-sent events ---------------------------------------------------------------------------
