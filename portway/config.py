@@ -33,7 +33,7 @@ class Server:
     allowed_origins: tuple[str, ...] = ()  # lower-case
     heartbeat: float = 15.0  # silence after which a streaming client hears `: portway`
     max_body: int = 32 * 1024 * 1024
-    max_requests: int = 256  # requests worked on at once; one thread each
+    max_requests: int = 256  # requests worked on at once; others wait for their turn
     max_connections: int = 12_000  # open client connections, idle ones included
     header_timeout: float = 10.0  # from a request's first byte to the end of its head
     body_timeout: float = 60.0  # from the end of its head to the end of its body

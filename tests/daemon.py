@@ -49,7 +49,7 @@ class _Running:
 
 
 class Daemon(_Running):
-    """The daemon in threads of this process. Its log's lines are in `log`."""
+    """The daemon in this process, on threads of its own. Its log's lines are in `log`."""
 
     def __init__(
         self,
@@ -91,9 +91,24 @@ class Daemon(_Running):
         return len(self._daemon._flights)
 
     @property
-    def parked(self) -> dict[int, proxy.Handler]:
-        """The connections that have no thread now."""
-        return self._daemon._server._parked
+    def idle(self) -> list[proxy.Handler]:
+        """The connections that have no request under way, nor one that waits for its turn."""
+        return [handler for handler in list(self._daemon._server._open) if handler.is_idle]
+
+    @property
+    def connections(self) -> int:
+        """How many clients are connected."""
+        return self._daemon._server.connections
+
+    @property
+    def in_flight(self) -> int:
+        """How many requests are under way."""
+        return self._daemon._server.in_flight.count
+
+    @property
+    def backlog(self) -> int:
+        """How many connections have a request that waits for its turn."""
+        return len(self._daemon._server.backlog)
 
 
 class DaemonProcess(_Running):

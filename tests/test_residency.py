@@ -14,7 +14,7 @@ from typing import Any, ClassVar
 
 from portway import config
 from portway.backends.ollama import OllamaBackend
-from portway.call import Call, Limits
+from portway.call import Call, Limits, finish
 from portway.call import Served as Answered
 from portway.errors import BackendError, ClientError, ClientGone
 from portway.memory import api as residency_api
@@ -42,6 +42,7 @@ from portway.routing import Cooling, Router
 from portway.standin.server import Memory, StandIn, StandInModel
 from portway.watch import ClientWatch, NoClient
 from portway.wire.events import dumps
+from tests.blocking import close, pieces
 from tests.llama_server import wait_for
 
 GB = 1024**3
@@ -367,7 +368,8 @@ class Served(unittest.TestCase):
     def place(self, name: str, watch: Any = None, seconds: float = SOON, others: tuple[str, ...] = ()) -> Any:
         models = self.config.models
         until = time.monotonic() + seconds
-        return self.residency.place(models[name], watch or NoClient(), until, [models[other] for other in others])
+        chain = [models[other] for other in others]
+        return finish(self.residency.place(models[name], watch or NoClient(), until, chain))
 
     def ask(self, name: str, watch: Any = None, *, load: bool = False) -> bytes:
         """A whole streamed answer, by way of a place. load: no question, the model is only loaded."""
@@ -379,13 +381,13 @@ class Served(unittest.TestCase):
         until = time.monotonic() + SOON
         backend = OllamaBackend(target.backend)
         self.addCleanup(backend.close)
-        with self.residency.place(target, watch or NoClient(), until) as place:
+        with finish(self.residency.place(target, watch or NoClient(), until)) as place:
             limits = Limits(SOON, SOON, SOON, SOON, until, until)
-            answer = place.hold(backend.open(call, target, limits, watch or NoClient()))
+            answer = place.hold(finish(backend.open(call, target, limits, watch or NoClient())))
             try:
-                return b"".join(answer.pieces())
+                return b"".join(pieces(answer))
             finally:
-                answer.close()
+                close(answer)
 
     def refused(self, reason: str, name: str, **more: Any) -> BackendError:
         with self.assertRaises(BackendError) as caught, self.place(name, **more):
@@ -452,7 +454,11 @@ class ThreadsTest(Served):
         beaten = threading.Event()
         ours, _theirs = self.pair()
         watch = ClientWatch(ours, lambda: True)
-        watch.begin(0.001, beaten.set)
+
+        async def beat() -> None:
+            beaten.set()
+
+        watch.begin(0.001, beat)
         with self.place("a"):
             self.residency.load(self.config.models["a"], NoClient(), time.monotonic() + SOON)
             waiting = self.in_thread("c", watch)
@@ -595,7 +601,7 @@ class ThreadsTest(Served):
         """memory.enabled = false: nothing is asked, nothing waits."""
         off = Residency(config.parse(self.toml("enabled = false\n"), "models.toml", {}), read=memory.Reading)
         self.addCleanup(off.stop)
-        place = off.place(self.config.models["giant"], NoClient(), 0.0)
+        place = finish(off.place(self.config.models["giant"], NoClient(), 0.0))
         self.assertNotIsInstance(place, Place)
         self.assertEqual([], self.paths("two"))
         self.assertEqual("off", residency_api.health(off)["budget"])
@@ -627,7 +633,7 @@ class TightTest(Served):
         self.addCleanup(residency.stop)
         residency.refresh(NoClient())
         self.assertEqual(8 * GB, residency.snapshot().budget.now)
-        place = residency.place(auto.models["a"], NoClient(), time.monotonic() + SOON)
+        place = finish(residency.place(auto.models["a"], NoClient(), time.monotonic() + SOON))
         readings.append(memory.Reading(24 * GB, 9 * GB))
         residency.refresh(NoClient())
         self.assertEqual(8 * GB, residency.snapshot().budget.now)
@@ -646,9 +652,9 @@ class Then(NoClient):
         self._error = error
         self._happened = False
 
-    def readable(self, sock: socket.socket, until: float) -> bool:
+    async def readable(self, sock: socket.socket, until: float) -> bool:
         if self._happened:
-            return super().readable(sock, until)
+            return await super().readable(sock, until)
         self._happened = True
         self._happens()
         if self._error is not None:
@@ -742,7 +748,7 @@ class RouterTest(Served):
         for backend in backends.values():
             self.addCleanup(backend.close)
         router = Router(self.config, backends, Cooling(self.config.cooldown), place=self.residency.place)
-        return router.serve(chat(self.config.models[name]), NoClient())
+        return finish(router.serve(chat(self.config.models[name]), NoClient()))
 
     def attempts(self, served: Answered) -> list[tuple[str, str]]:
         return [(attempt.model, attempt.reason) for attempt in served.attempts]
@@ -751,14 +757,14 @@ class RouterTest(Served):
         """What can't fit is skipped at once, and the next one answers."""
         served = self.serve("giant")
         self.assertEqual([("giant", "does_not_fit"), ("a", "ok")], self.attempts(served))
-        served.answer.close()
+        close(served.answer)
 
     def test_a_warm_one(self) -> None:
         """The attempts say that the one that was asked for was cold."""
         self.ask("c")
         served = self.serve("a")
         self.assertEqual([("a", "cold"), ("c", "ok")], self.attempts(served))
-        served.answer.close()
+        close(served.answer)
 
     def test_a_stream_holds_its_place(self) -> None:
         """A model is in use until its answer has been closed, and not only until it begins."""
@@ -766,7 +772,7 @@ class RouterTest(Served):
         waiting = self.in_thread("c")
         self.await_waiting(1)
         self.assertEqual({"b"}, self.in_memory())
-        served.answer.close()
+        close(served.answer)
         self.assertIn(b"[DONE]", waiting.outcome())
 
 

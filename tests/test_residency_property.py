@@ -19,7 +19,7 @@ from typing import Any
 
 from portway import config
 from portway.backends.ollama import OllamaBackend
-from portway.call import Call, Limits
+from portway.call import Call, Limits, finish
 from portway.errors import BackendError, ClientGone
 from portway.memory import machine as memory
 from portway.memory.arbiter import (
@@ -43,6 +43,7 @@ from portway.memory.residency import Residency
 from portway.standin.server import Memory, StandIn, StandInModel
 from portway.watch import ClientWatch
 from portway.wire.events import DONE, dumps
+from tests.blocking import close, pieces
 from tests.hypotheses import given_seeds
 
 GB = 1024**3
@@ -240,12 +241,12 @@ class Client(threading.Thread):
 
     def _ask(self, watch: ClientWatch) -> str:
         limits = Limits(5.0, 20.0, 20.0, 20.0, self._until, self._until)
-        with self._residency.place(self._model, watch, self._until) as place:
-            answer = place.hold(self._backend.open(chat(self._model), self._model, limits, watch))
+        with finish(self._residency.place(self._model, watch, self._until)) as place:
+            answer = place.hold(finish(self._backend.open(chat(self._model), self._model, limits, watch)))
             try:
-                return "served" if b"".join(answer.pieces()).endswith(DONE) else "cut"
+                return "served" if b"".join(pieces(answer)).endswith(DONE) else "cut"
             finally:
-                answer.close()
+                close(answer)
 
 
 class WholeTest(unittest.TestCase):

@@ -11,12 +11,13 @@ from typing import Any
 
 from portway import config
 from portway.backends.openai import OpenAIBackend
-from portway.call import Limits
+from portway.call import Limits, finish
 from portway.errors import BackendError
 from portway.memory import api as residency_api
 from portway.memory import machine as memory
 from portway.memory.residency import Place, Residency, is_here
 from portway.watch import NoClient
+from tests.blocking import close, pieces
 from tests.doubles import ScriptedRequest, ScriptedServer, http_reply, json_reply
 from tests.llama_server import LlamaServer, wait_for
 from tests.test_residency import GB, SOON, chat
@@ -44,13 +45,13 @@ class LlamaServerTest(unittest.TestCase):
         target = self.config.models[name]
         backend = OpenAIBackend(target.backend)
         until = time.monotonic() + 30.0
-        with self.residency.place(target, NoClient(), until) as place:
+        with finish(self.residency.place(target, NoClient(), until)) as place:
             limits = Limits(5.0, 30.0, 30.0, 30.0, until, until)
-            answer = place.hold(backend.open(chat(target), target, limits, NoClient()))
+            answer = place.hold(finish(backend.open(chat(target), target, limits, NoClient())))
             try:
-                self.assertIn(b"[DONE]", b"".join(answer.pieces()))
+                self.assertIn(b"[DONE]", b"".join(pieces(answer)))
             finally:
-                answer.close()
+                close(answer)
                 backend.close()
 
     def test_load_evict_unload(self) -> None:
@@ -121,7 +122,7 @@ class LlamaSwapTest(unittest.TestCase):
 
     def test_it_makes_room(self) -> None:
         """What has no size is estimated by its name; what runs makes room, by its own way to unload."""
-        with self.residency.place(self.config.models["right"], NoClient(), time.monotonic() + SOON):
+        with finish(self.residency.place(self.config.models["right"], NoClient(), time.monotonic() + SOON)):
             self.assertEqual(["left"], self.unloaded)
         said = residency_api.overview(self.residency, NoClient())
         self.assertEqual("llama-swap", said["backends"]["swap"]["server"])
@@ -130,7 +131,7 @@ class LlamaSwapTest(unittest.TestCase):
 
     def test_it_outstays(self) -> None:
         """keep_alive holds for it as well: after a use, and not before one."""
-        with self.residency.place(self.config.models["left"], NoClient(), time.monotonic() + SOON) as place:
+        with finish(self.residency.place(self.config.models["left"], NoClient(), time.monotonic() + SOON)) as place:
             self.residency.check()
             self.assertEqual([], self.unloaded)
             place.began()
@@ -155,7 +156,7 @@ class OtherServersTest(unittest.TestCase):
             return json_reply(known, 200 if known else 404)
 
         residency, parsed = self.residency(answer)
-        with residency.place(parsed.models["a"], NoClient(), time.monotonic() + SOON):
+        with finish(residency.place(parsed.models["a"], NoClient(), time.monotonic() + SOON)):
             pass
         self.assertEqual({"x": "it does not tell what it has loaded"}, residency_api.health(residency)["unasked"])
         for act in (residency.load, residency.unload):
@@ -167,7 +168,7 @@ class OtherServersTest(unittest.TestCase):
         """It has that one, always, under any name; it takes its part of the budget."""
         entry = {"id": "weights.gguf", "owned_by": "llamacpp", "meta": {"size": 6 * GB, "n_ctx": 4096}}
         residency, parsed = self.residency(lambda _: json_reply({"data": [entry]}))
-        with residency.place(parsed.models["a"], NoClient(), time.monotonic() + SOON) as place:
+        with finish(residency.place(parsed.models["a"], NoClient(), time.monotonic() + SOON)) as place:
             assert isinstance(place, Place)
             self.assertFalse(place.wish.loads)
         [loaded] = residency_api.overview(residency, NoClient())["loaded"]
@@ -177,7 +178,7 @@ class OtherServersTest(unittest.TestCase):
     def test_one_elsewhere(self) -> None:
         """A server that is not in this machine's memory is not asked."""
         residency, parsed = self.residency(json_reply({}), "local = false")
-        self.assertNotIsInstance(residency.place(parsed.models["a"], NoClient(), 0.0), Place)
+        self.assertNotIsInstance(finish(residency.place(parsed.models["a"], NoClient(), 0.0)), Place)
 
     def test_where_a_server_is(self) -> None:
         """By its address, unless the configuration says it."""

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from portway.backends.transport import Patience, Pool
 from portway.backends.upstream import MAX_ERROR, error_of, request_head
-from portway.call import Limits
+from portway.call import Limits, finish
 from portway.errors import BackendError
 from portway.watch import NoClient
 from portway.wire.events import WireError, dumps, loads
@@ -212,11 +212,11 @@ def _question(pool: Pool, backend: Backend, method: str, path: str, body: bytes 
     end = time.monotonic() + PATIENCE
     limits = Limits(PATIENCE, PATIENCE, PATIENCE, PATIENCE, end, end)
     request = b"%s%d\r\n\r\n%s" % (request_head(backend, path, method), len(body), body)
-    reply = pool.exchange(request, limits, NoClient(), Patience(limits, plain=True))
+    reply = finish(pool.exchange(request, limits, NoClient(), Patience(limits, plain=True)))
     try:
         if reply.head.status != 200:
             raise _refusal(reply, path, backend)
-        value = loads(reply.read_all(MAX_LIST))
+        value = loads(finish(reply.read_all(MAX_LIST)))
     except WireError as exc:
         raise BackendError("bad_answer", f"it answered {path} with {exc}") from None
     finally:
@@ -231,7 +231,7 @@ def _refusal(reply: Reply, path: str, backend: Backend) -> _Refused:
     if status in (404, 405, 501):  # not of a model, which is what error_of() would take it for
         way_out = f"correct backends.{backend.name}.url or its kind"
         return _Refused("bad_answer", f"it has no {path} ({status})", way_out=way_out)
-    error = error_of(reply, path, backend)
+    error = finish(error_of(reply, path, backend))
     return _Refused(error.reason, f"it answered {path} with {status}: {error.message}", way_out=error.way_out)
 
 

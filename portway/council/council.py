@@ -20,10 +20,9 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from hashlib import sha256
-from itertools import chain
 from typing import TYPE_CHECKING, Any
 
-from portway.call import Attempt, Composed, Tally
+from portway.call import Attempt, Composed, Tally, finish, pieces_of
 from portway.council.nested import (
     Bill,
     PanelFailed,
@@ -97,14 +96,16 @@ class CouncilBackend:
         self._fits_together = fits_together
         self._scrubber = Scrubber(config.models.values())
 
-    def open(self, call: Call, target: Model, limits: Limits, watch: Watch) -> CouncilAnswer:
-        """Nobody is asked before the answer is read. Raises ClientError for what a council can't do."""
+    async def open(self, call: Call, target: Model, limits: Limits, watch: Watch) -> CouncilAnswer:
+        """Nobody is asked before the answer is read. Raises ClientError for what a council can't do. From here
+        on the call is a thread's: a council waits for threads, and each of those for sockets."""
         council = target.panel
         assert isinstance(council, Council)  # noqa: S101 - State gives it no other
         refuse_others(call, target)
         for name, why in _REFUSED.items():
             if call.body.get(name):
                 raise not_by(target, why, name)
+        await watch.on_thread()
         members = [self._complete(self._models[member.name]) for member in council.members]
         together = run_together(members, council.parallel, self._fits_together)
         chairman = self._complete(self._models[council.chairman])
@@ -268,7 +269,7 @@ class Meeting:
 
     def wait(self, watch: Watch, until: float) -> None:
         """Until some seat is over, or until then. Raises ClientGone."""
-        if watch.readable(self._bell, until):
+        if finish(watch.readable(self._bell, until)):
             self._bell.recv(64)
 
     def end(self) -> None:
@@ -316,13 +317,13 @@ class Meeting:
 
     def _ask(self, seat: Seat, model: Model, seconds: float) -> None:
         call = within(self._call, model, seat.body, seconds, stream=True)
-        served = self._router.serve(call, LeashWatch(self._leash), fallback=call.fallback)
+        served = finish(self._router.serve(call, LeashWatch(self._leash), fallback=call.fallback))
         seat.served_by, seat.tally = served.model.name, served.answer.tally
         words: list[str] = []
         try:
             self._listen(served, seat, words)
         finally:
-            served.answer.close()
+            finish(served.answer.close())
             seat.text = without_thinking("".join(words))
             seat.warnings = served.answer.warnings
         if not seat.text:
@@ -330,7 +331,7 @@ class Meeting:
         seat.status = "cut" if seat.tally.finish_reason == "length" else "ok"
 
     def _listen(self, served: Served, seat: Seat, words: list[str]) -> None:
-        for chunk in chunks_of(chain([served.first], served.rest)):
+        for chunk in chunks_of(pieces_of(served)):
             for choice in chunk.get("choices") or ():
                 delta = choice.get("delta") or {}
                 words.append(content_of(delta))
@@ -355,17 +356,20 @@ class LeashWatch:
         self.phase = "waiting"
         self._leash = leash
 
-    def readable(self, sock: socket.socket, until: float) -> bool:
+    async def readable(self, sock: socket.socket, until: float) -> bool:
         """See Watch.readable."""
         return self._wait(sock.fileno(), select.POLLIN, until)
 
-    def writable(self, sock: socket.socket, until: float) -> bool:
+    async def writable(self, sock: socket.socket, until: float) -> bool:
         """See Watch.writable."""
         return self._wait(sock.fileno(), select.POLLOUT, until)
 
-    def pause(self, until: float) -> None:
+    async def pause(self, until: float) -> None:
         """See Watch.pause."""
         self._wait(-1, 0, until)
+
+    async def on_thread(self) -> None:
+        """See Watch.on_thread."""
 
     def _wait(self, fd: int, events: int, until: float) -> bool:
         poller = select.poll()
@@ -410,6 +414,7 @@ class CouncilAnswer(Composed):
         self._chair = Seat("", charter.chairman, {})  # the chairman's own fate, told like a member's
         self._chair_taken = 0.0  # time.monotonic() when it was asked
         self._served: Served | None = None  # its answer, as long as that is open
+        self._pieces = self._told_pieces()
 
     # what the client is told
 
@@ -455,9 +460,12 @@ class CouncilAnswer(Composed):
 
     # Answer's methods
 
-    def pieces(self) -> Iterator[bytes]:
-        """See Answer.pieces. The first word on the members' progress already counts as content: from then on
+    async def piece(self) -> bytes:
+        """See Answer.piece. The first word on the members' progress already counts as content: from then on
         nothing can be taken back, and a chairman that fails is dealt with in here."""
+        return next(self._pieces, b"")
+
+    def _told_pieces(self) -> Iterator[bytes]:
         retelling = Retelling(self._call, self._charter.name)
         for words in self._hear():
             yield retelling.say(reasoning_content=words, reasoning=words)
@@ -468,7 +476,7 @@ class CouncilAnswer(Composed):
             raise self._broken(error) from error
         yield retelling.end(self._bill().usage, self._told(self._verdict()))
 
-    def whole(self) -> bytes:
+    async def whole(self) -> bytes:
         """See Answer.whole."""
         for _ in self._hear():
             pass  # a plain answer has no place for words on its progress
@@ -477,11 +485,11 @@ class CouncilAnswer(Composed):
         self.warnings = self._all_warnings()
         return document(self._call, self._charter.name, body, self._bill().usage, self._told(self._verdict()))
 
-    def close(self) -> None:
+    async def close(self) -> None:
         """See Answer.close: all are sent home, and wait for no one."""
         self._meeting.end()
         if self._served is not None:
-            self._served.answer.close()
+            await self._served.answer.close()
             self._take_stock(self._served.answer.tally)
             self._served = None
 
@@ -549,7 +557,7 @@ class CouncilAnswer(Composed):
         call = within(self._call, chair.model, body, self._deadline - now, stream=stream)
         self._chair_taken = now
         try:
-            served = self._served = self._charter.router.serve(call, self._watch, fallback=call.fallback)
+            served = self._served = finish(self._charter.router.serve(call, self._watch, fallback=call.fallback))
         except PortwayError as error:
             if self._is_for_nobody_else(error):
                 raise
@@ -584,7 +592,7 @@ class CouncilAnswer(Composed):
         return isinstance(error, ClientError) or error.code == "bad_request" or formed
 
     def _relayed(self, served: Served, retelling: Retelling) -> Iterator[bytes]:
-        for piece in chain([served.first], served.rest):
+        for piece in pieces_of(served):
             if told := retelling.tell(piece):
                 yield told
 

@@ -16,10 +16,11 @@ import math
 import socket
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Self
 
+from portway.call import finish
 from portway.errors import BackendError, ClientError
 from portway.memory import footprint
 from portway.memory import machine as memory
@@ -127,7 +128,7 @@ class Free:
 _FREE = Free()
 
 
-def anywhere(_target: Model, _watch: Watch, _until: float, _others: Iterable[Model] = ()) -> Free:
+async def anywhere(_target: Model, _watch: Watch, _until: float, _others: Iterable[Model] = ()) -> Free:
     """Residency.place where there is no arbiter."""
     return _FREE
 
@@ -140,26 +141,26 @@ class _Held:
         self.warnings = answer.warnings
         self._answer = answer
         self._place = place
+        self._begun = False
 
-    def pieces(self) -> Iterator[bytes]:
-        """See Answer.pieces."""
-        pieces = self._answer.pieces()
-        for first in pieces:
+    async def piece(self) -> bytes:
+        """See Answer.piece."""
+        piece = await self._answer.piece()
+        if not self._begun:
+            self._begun = True
             self._place.began()
-            yield first
-            break
-        yield from pieces
+        return piece
 
-    def whole(self) -> bytes:
+    async def whole(self) -> bytes:
         """See Answer.whole."""
-        whole = self._answer.whole()
+        whole = await self._answer.whole()
         self._place.began()
         return whole
 
-    def close(self) -> None:
+    async def close(self) -> None:
         """See Answer.close."""
         try:
-            self._answer.close()
+            await self._answer.close()
         finally:
             self._place.leave(self.tally.load_s)
 
@@ -333,7 +334,7 @@ class Residency:
 
     # --- for the router
 
-    def place(self, target: Model, watch: Watch, until: float, others: Iterable[Model] = ()) -> Place | Free:
+    async def place(self, target: Model, watch: Watch, until: float, others: Iterable[Model] = ()) -> Place | Free:
         """A place for one attempt at `target`; waits for it until then at most. others: the members of the
         chain that come after it. Raises BackendError `queue_full`, `does_not_fit`, `no_room` or `cold`, and
         ClientGone."""
@@ -343,10 +344,12 @@ class Residency:
         now = self._used_at = time.monotonic()
         if self._asleep:
             self._poke.set()
-        wish = _wish(seat, now)
+        model = seat.model
+        wish = Wish(model.name, seat.runner, seat.shape, seat.need, model.keep_alive, now)
         with self._lock:
             taken = self._ledger.take(wish, now)
         if not taken:
+            await watch.on_thread()
             wish = self._arrange(seat, watch, until, others)
         return Place(self, wish)
 
@@ -380,7 +383,7 @@ class Residency:
 
     def load(self, model: Model, watch: Watch, until: float) -> None:
         """Load a model, making room as for a request. Raises as `place`, and what the backend says."""
-        with self.place(model, watch, until) as place:
+        with finish(self.place(model, watch, until)) as place:
             seat = self._seats.get(model.name)
             if seat is None or seat.engine is None:
                 raise BackendError("unsupported", f"backend {model.backend.name} can't be told to load a model")
@@ -460,7 +463,7 @@ class Residency:
                 self._wait(ticket, ear, watch, min(until, retry_at), until)
 
     def _wait(self, ticket: _Ticket, ear: socket.socket, watch: Watch, wake_at: float, until: float) -> None:
-        if watch.readable(ear, wake_at):
+        if finish(watch.readable(ear, wake_at)):
             ticket.silence()
             return
         now = time.monotonic()

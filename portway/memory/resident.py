@@ -23,7 +23,7 @@ from urllib.parse import quote
 
 from portway.backends.transport import Patience, Pool
 from portway.backends.upstream import MAX_ERROR, error_of, request_head
-from portway.call import Limits, Watch
+from portway.call import Limits, Watch, finish
 from portway.errors import BackendError
 from portway.memory.arbiter import Seen, Shape
 from portway.memory.footprint import need_of, per_token
@@ -129,11 +129,11 @@ class Server:
         limits = Limits(min(QUESTION, span), span, span, span, end, end)
         content = b"" if body is None else dumps(body)
         request = b"%s%d\r\n\r\n%s" % (request_head(self.backend, path, method), len(content), content)
-        reply = self._pool.exchange(request, limits, watch, Patience(limits, plain=True))
+        reply = finish(self._pool.exchange(request, limits, watch, Patience(limits, plain=True)))
         if reply.head.status != 200:
-            raise error_of(reply, str((body or {}).get("model", "")), self.backend)
+            raise finish(error_of(reply, str((body or {}).get("model", "")), self.backend))
         try:
-            return loads(reply.read_all(MAX_LIST))
+            return loads(finish(reply.read_all(MAX_LIST)))
         except WireError:
             return None
         finally:
@@ -173,7 +173,7 @@ class Pauses:
         now = time.monotonic()
         if now >= self._until:
             return False
-        self._watch.pause(min(now + self._pause, self._until))
+        finish(self._watch.pause(min(now + self._pause, self._until)))
         self._pause = min(2 * self._pause, LONGEST_PAUSE)
         return True
 
