@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from portway.cache import replay
 from portway.cache.flights import Crashed, Flights, Landed, Leader
-from portway.cache.rules import Control, is_storable, request_key, why_bypassed
+from portway.cache.rules import Control, Keys, is_storable, why_bypassed
 from portway.call import Composed
 from portway.errors import ClientError, PortwayError
 from portway.wire.events import WireError
@@ -168,6 +168,7 @@ class Answers:
         self._router = router
         self._cache = cache
         self._flights = flights
+        self._keys = Keys()
 
     async def find(self, call: Call, control: Control, watch: Watch, use: Use, *, fallback: bool) -> None:
         """Find the answer and have `use` read and close it. Raises what Router.serve does, and ClientError
@@ -181,7 +182,8 @@ class Answers:
             watch.phase = "answer"
             await use(found)
             return
-        search = _Search(self._router, cache, call, control, fallback)
+        key = self._keys.of(call, call.model)
+        search = _Search(self._router, cache, call, key, control, fallback)
         stored = None if control.no_cache else search.stored()
         if stored is not None:
             watch.phase = "answer"
@@ -197,12 +199,12 @@ class Answers:
 class _Search:
     """One call's way to an answer that may be kept."""
 
-    def __init__(self, router: Router, cache: Cache, call: Call, control: Control, fallback: bool) -> None:
+    def __init__(self, router: Router, cache: Cache, call: Call, key: bytes, control: Control, fallback: bool) -> None:
         self._router = router
         self._cache = cache
         self._call = call
         self._fallback = fallback
-        self._key = request_key(call, call.model)
+        self._key = key
         self._oldest = call.model.cache if control.max_age is None else min(call.model.cache, control.max_age)
         self._puts = cache.puts  # as long as it stands still, what was a miss is one
 

@@ -15,6 +15,7 @@ from contextlib import closing, redirect_stderr, redirect_stdout
 from dataclasses import replace
 from hashlib import sha256
 from pathlib import Path
+from random import Random
 from types import MappingProxyType
 from typing import Any
 from unittest import mock
@@ -23,7 +24,7 @@ from portway.cache import file as cache_file
 from portway.cache import replay
 from portway.cache import store as cache
 from portway.cache.file import CacheFile, Counts, Row, Unusable
-from portway.cache.rules import Control, is_storable, parse_control, request_key, why_bypassed
+from portway.cache.rules import Control, Keys, is_storable, parse_control, request_key, why_bypassed
 from portway.cache.store import Cache, Entry
 from portway.call import Attempt, Call, Served, Tally
 from portway.commands import cache as cache_cli
@@ -90,7 +91,7 @@ def delta(finish: str | None = None, **members: Any) -> dict[str, Any]:
     return {"choices": [{"index": 0, "delta": members, "finish_reason": finish}]}
 
 
-class Keys(unittest.TestCase):
+class RequestKeys(unittest.TestCase):
     def test_a_stream_and_a_plain_request_share_a_key(self):
         """What shapes no answer is not in the key: stream, stream_options, user, metadata, and the alias used."""
         plain = request_key(a_call(), MODEL)
@@ -124,6 +125,56 @@ class Keys(unittest.TestCase):
     def test_how_long_a_model_stays_loaded_does_not_count(self):
         """keep_alive shapes no answer."""
         self.assertEqual(request_key(a_call(), MODEL), request_key(a_call(), replace(MODEL, keep_alive=60.0)))
+
+    def test_members_within_members_may_come_in_any_order_too(self):
+        """At every depth, and with texts of any length."""
+        for text in ("why?", "y" * 10_000):
+            part, trap = {"type": "text", "text": text, "cache": {"a": 1, "b": [2]}}, {"role": "user", "content": text}
+            messages = [trap, {**trap, "name": "me"}, {"role": "user", "content": [part, {"a": "1", "b": "2"}]}]
+            turned = json.loads(json.dumps(messages), object_pairs_hook=lambda pairs: dict(reversed(pairs)))
+            self.assertNotEqual(json.dumps(messages), json.dumps(turned))
+            self.assertEqual(request_key(a_call(messages=messages), MODEL), request_key(a_call(messages=turned), MODEL))
+
+    def test_two_values_share_a_key_only_if_they_are_the_same(self):
+        """Of many values that look alike: what is told apart as JSON with sorted members has another key."""
+        random = Random(5)
+        leaves = ["", "a", 1, True, None]
+
+        def value(depth: int) -> Any:
+            kind = random.randrange(3) if depth else 0
+            if kind == 0:
+                return random.choice(leaves)
+            values = [value(depth - 1) for _ in range(random.randrange(4))]
+            return values if kind == 1 else dict(zip(random.sample(("a", "", "1"), 3), values, strict=False))
+
+        found: dict[bytes, str] = {}
+        for _ in range(20_000):
+            given = value(3)
+            told = json.dumps(given, sort_keys=True)
+            self.assertEqual(told, found.setdefault(request_key(a_call(x=given), MODEL), told))
+        self.assertEqual(len(set(found.values())), len(found))
+        self.assertGreater(len(found), 2_000)
+
+    def test_no_text_passes_for_a_structure(self):
+        """Texts that hold what stands between texts are told apart from those that have it between them."""
+        long = "x" * 10_000
+        alike: list[dict[str, Any]] = [{"x": text, "y": 1} for text in ("a", "1", long)]
+        alike += [{"x": f'{text}"1:y=1,'} for text in ("a", "1", long)]
+        values: list[Any] = [["a", "b"], ['a"1:b'], 'a"1:b', ["ab"], "1", 1, 1.0, True, "=1,", "[0", [], {}]
+        alike += [{"x": each} for each in values]
+        alike += [{"x": {"a": "b", "c": "d"}}, {"x": "1:a1:b1:c1:d"}, {"x": "&1:a1:b1:c1:d"}, {"x": {"a": "b1:c1:d"}}]
+        alike += [{"x": {"a": "p", "c": "q1:d1:r"}}, {"x": {"a": "p1:c7:q", "d": "r"}}]
+        alike += [{"x": {"a": "b", "c": 'd"1:y=1,'}}, {"x": {"a": "b", "c": "d"}, "y": 1}]
+        alike += [{"x": {"a": "b", "c": "q1:r"}}, {"x": {"a": "b", "c4:q": "r"}}]
+        alike += [{"x": "\ud83d\ude00"[:1]}, {"x": "\u00e9"}, {"x": "e\u0301"}]
+        self.assertEqual(len(alike), len({request_key(a_call(**body), MODEL) for body in alike}))
+
+    def test_what_is_prepared_is_the_models(self):
+        """Keys gives the same key each time, and another one for another model of the same name."""
+        keys, other = Keys(), replace(MODEL, num_ctx=8192)
+        for model in (MODEL, MODEL, other, MODEL):
+            for endpoint in ("chat", "completions"):
+                self.assertEqual(request_key(a_call(endpoint), model), keys.of(a_call(endpoint), model))
 
     def test_the_endpoint_counts(self):
         """A completion is no chat, whatever the bodies hold."""
