@@ -391,11 +391,23 @@ class FileTest(DoctorTest):
 
     def test_only_what_is_used(self):
         """Without a log and a cache there is nothing to say of their files."""
-        examined = self.examine(CONFIG + "[log]\nenabled = false\n")
+        examined = self.examine(CONFIG + "[log]\nenabled = false\n[memory]\nenabled = false\n")
         self.assertEqual([], [finding for finding in examined.findings if finding.about == "files"])
         self.assert_found(
             self.examine(CONFIG.replace("default = true", 'default = true\ncache = "1d"')), "ok", "files", "cache: ", ""
         )
+
+    def test_measures(self):
+        """What was measured of models is its owner's, too; where it can't be kept, that is only a warning."""
+        measured = self.home / ".local" / "state" / "portway" / "measured.json"
+        self.assert_found(self.examine(), "ok", "files", f"measures: {measured}, to be made", "")
+        measured.parent.mkdir(parents=True)
+        measured.write_text("{}")
+        measured.chmod(0o640)
+        self.assert_found(self.examine(), "warning", "files", "may read the models' measures", f"chmod 600 {measured}")
+        with mock.patch("portway.commands.doctor.os.access", lambda path, _mode: path != str(measured)):
+            measured.chmod(0o600)
+            self.assert_found(self.examine(), "warning", "files", "can't be written", "chown")
 
     def test_clock_went_back(self):
         """A log from the future, and a clock from before Portway, are told."""

@@ -37,7 +37,8 @@ from portway.memory.arbiter import (
     Shape,
     Wish,
 )
-from portway.memory.residency import Place, Residency, budget_of
+from portway.memory.budget import budget_of
+from portway.memory.residency import Place, Residency
 from portway.routing import Cooling, Router
 from portway.standin.server import Memory, StandIn, StandInModel
 from portway.watch import ClientWatch, NoClient
@@ -552,7 +553,7 @@ class ThreadsTest(Served):
         self.residency._hearing["one"].looked_at = -math.inf
         self.residency.refresh(NoClient())
         measured = self.residency._seats["a"]
-        self.assertEqual((Need(6 * GB, 6 * GB, "6.0 GB"), True), (measured.need, measured.measured))
+        self.assertEqual((Need(6 * GB, 6 * GB, "6.0 GB, as measured"), True), (measured.need, measured.measured))
 
     def test_a_server_that_is_away(self) -> None:
         """Requests go on as without an arbiter, what it had is forgotten, and it is told."""
@@ -723,7 +724,8 @@ class WarmTest(Served):
     def test_a_load_that_was_measured(self) -> None:
         """What took a moment the last time is loaded, whatever is warm."""
         self.residency.refresh(NoClient())
-        self.residency._load_times[self.residency._seats["a"].runner] = 1.0
+        a = self.config.models["a"]
+        self.residency._measured.time(a.backend.url, self.residency._seats["a"].runner.name, 1.0)
         self.ask("c")
         with self.place("a", others=("c",)) as place:
             self.assertTrue(place.wish.loads)

@@ -15,8 +15,10 @@ from portway.call import Limits
 from portway.errors import BackendError
 from portway.memory import api as residency_api
 from portway.memory import machine as memory
-from portway.memory.residency import Place, Residency, is_here
+from portway.memory.budget import is_here
+from portway.memory.residency import Place, Residency
 from portway.watch import NoClient
+from tests.daemon import Daemon
 from tests.doubles import ScriptedRequest, ScriptedServer, http_reply, json_reply
 from tests.llama_server import LlamaServer, wait_for
 from tests.test_residency import GB, SOON, chat
@@ -90,6 +92,25 @@ class LlamaServerTest(unittest.TestCase):
             self.server.post("/v1/completions", body)
         except (OSError, http.client.HTTPException):
             return  # the server has ended before
+
+
+class OneModelTest(unittest.TestCase):
+    """A real llama-server with one model, which it has for as long as it runs."""
+
+    def test_unload(self) -> None:
+        """To unload it is 400 with the way out, at once and whoever uses it; to load it is nothing to do."""
+        server = self.enterContext(LlamaServer(TinyModel(), "-t", "1"))
+        toml = f'[memory]\nbudget = "1GB"\n[backends.single]\nkind = "openai"\nurl = "{server.url}/v1"\n'
+        toml += '[models.tiny]\nbackend = "single"\nmodel = "tiny"\n'
+        with Daemon(toml) as daemon, daemon.client() as client:
+            self.assertTrue(client.call("POST", "/portway/load", b'{"model": "tiny"}').json["loaded"])
+            refused = client.call("POST", "/portway/unload", b'{"model": "tiny"}')
+        self.assertEqual(400, refused.status)
+        error = refused.json["error"]
+        self.assertEqual(("unsupported", "invalid_request_error"), (error["code"], error["type"]))
+        self.assertIn("tiny can't be unloaded: the server of backend single has that one model", error["message"])
+        self.assertIn("Way out: stop that server; one that unloads is llama-server without --model", error["message"])
+        self.assertIn("tiny", [entry["id"] for entry in server.get("/v1/models")["data"]])
 
 
 class LlamaSwapTest(unittest.TestCase):

@@ -41,14 +41,15 @@ from portway.memory.arbiter import (
     Shape,
     Wish,
 )
+from portway.memory.budget import budget_of, is_here
 from portway.memory.footprint import shown
+from portway.memory.measured import Measure, Measurements, Notebook, Thing
 from portway.memory.resident import Engine, await_gone, engine_of, shape_of
 from portway.watch import NoClient
 
 if TYPE_CHECKING:
     from portway.call import Answer, Tally, Watch
-    from portway.config import Backend, Config, Model
-    from portway.config import Memory as Rule
+    from portway.config import Config, Model
 
 GLANCE = 1.0  # seconds a look may take on a request's way; it is answered from memory, in milliseconds
 FRESH = 1.0  # seconds a look at the backends is believed; one is taken before each load
@@ -230,37 +231,14 @@ class _Ticket:
                 end.close()
 
 
-def budget_of(rule: Rule, reading: memory.Reading, resident: int) -> Budget:
-    """Bytes for models. resident: what those that are loaded take now.
-
-    Without a budget of the user's it follows the machine: what others do not use is for models, so that idle
-    ones go when memory gets short; but only what exceeds the machine itself is ever refused, since what is
-    short now may be free soon, and a number that is wrong must not keep anybody from trying.
-    """
-    if rule.budget is not None:
-        return Budget(rule.budget, rule.budget, firm=True)
-    if reading.total is None or reading.apart:
-        return Budget()
-    ceiling = max(0, reading.total - rule.reserve)
-    if reading.available is None:
-        return Budget(ceiling, ceiling)
-    return Budget(max(0, min(ceiling, reading.available + resident - rule.reserve)), ceiling)
-
-
-def is_here(backend: Backend) -> bool:
-    """Whether a backend's models live in this machine's memory: as configured, else by its address."""
-    if backend.local is not None:
-        return backend.local
-    return backend.host in ("localhost", "::1") or backend.host.startswith("127.")
-
-
 # --- the arbiter ----------------------------------------------------------------------------------
 
 
 class Residency:
     """Places for requests, by one configuration after the other: what is known outlives a reload.
 
-    say: told of what the monitor repairs and of preloading that failed. read: what the machine has.
+    say: told of what the monitor repairs and of preloading that failed. read: what the machine has. notebook: where
+    what was measured outlives the daemon.
     """
 
     def __init__(
@@ -269,16 +247,18 @@ class Residency:
         *,
         read: Callable[[], memory.Reading] = memory.read,
         say: Callable[[str], None] = lambda _text: None,
+        notebook: Notebook | None = None,
     ) -> None:
         self._read = read
         self._say = say
+        self._notebook = notebook
+        self._unwritten: dict[Thing, Measure] = {}  # what the notebook has not taken yet; the monitor's
         self._lock = threading.Lock()  # guards all below but the two events
         self._ledger = Ledger()
         self._tickets: dict[Wish, _Ticket] = {}
         self._engines: dict[str, Engine] = {}
         self._hearing: dict[str, _Hearing] = {}
-        self._measured: dict[tuple[Runner, Shape], int] = {}  # bytes that a model really took
-        self._load_times: dict[Runner, float] = {}
+        self._measured = Measurements(notebook.read() if notebook else None)
         self._held: dict[str, float] = {}  # backend -> seconds a place was last held, roughly
         self._reading = memory.Reading()
         self._used_at = -math.inf
@@ -326,6 +306,8 @@ class Residency:
         self._poke.set()
         if self._thread is not None:
             self._thread.join(timeout)
+        if self._thread is None or not self._thread.is_alive():
+            self.save()
         with self._lock:
             engines = list(self._engines.values())
         for engine in engines:
@@ -355,7 +337,7 @@ class Residency:
         with self._lock:
             now = time.monotonic()
             if wish.loads:
-                self._load_times[wish.runner] = now - wish.granted_at
+                self._time(wish, now - wish.granted_at)
             self._ledger.began(wish, now)
             rung = self._turn(now)
         _ring(rung)
@@ -367,7 +349,7 @@ class Residency:
             now = time.monotonic()
             self._ledger.release(wish, now)
             if wish.loads and load_s:
-                self._load_times[wish.runner] = load_s
+                self._time(wish, load_s)
             rung = self._turn(now) if self._ledger.waiting else []
             if rung:
                 backend = wish.runner.backend
@@ -399,6 +381,8 @@ class Residency:
             resident = self._ledger.residents.get(self._seats[model.name].runner)
             if resident is None:
                 return False
+            if resident.fixed:
+                raise _fixed(model)
             if resident.users or resident.status in (LOADING, LEAVING):
                 message = f"{model.name} is in use: {resident.users} requests, {resident.status}."
                 raise ClientError(message, status=409, code="model_in_use")
@@ -565,7 +549,7 @@ class Residency:
             return Seat(model, None, Runner(model.backend.name, model.model), Shape())
         known = engine.known(model)
         runner, shape = Runner(model.backend.name, known.runner), shape_of(model, known)
-        if (size := self._measured.get((runner, shape))) is not None:
+        if (size := self._measured.size(model.backend.url, runner.name, shape)) is not None:
             return Seat(model, engine, runner, shape, footprint.measured(size), known.present, measured=True)
         if not known.present:
             return Seat(model, engine, runner, shape, None, known.present)
@@ -577,7 +561,9 @@ class Residency:
 
     def _merge(self, backend: str, engine: Engine, seen: Sequence[Seen], began: float) -> list[_Ticket]:
         """What a look has shown. Whom to wake."""
-        now = time.monotonic()
+        now, configured = time.monotonic(), self._config.backends.get(backend)
+        if configured is None:
+            return []  # it was taken out of the configuration meanwhile
         if not engine.measures:  # a size from the configuration is better than an estimate
             said = {s.runner.name: s.model.size for s in self._seats.values() if s.runner.backend == backend}
             seen = [one._replace(size=said.get(one.name) or one.size) for one in seen]
@@ -585,9 +571,14 @@ class Residency:
         if engine.measures:
             for resident in self._ledger.residents.values():
                 if resident.runner.backend == backend and resident.status == LOADED and resident.ours and resident.size:
-                    self._measured[resident.runner, resident.shape] = resident.size
+                    self._measured.weigh(configured.url, resident.runner.name, resident.shape, resident.size)
         self._learn()
         return self._turn(now)
+
+    def _time(self, wish: Wish, seconds: float) -> None:
+        backend = self._config.backends.get(wish.runner.backend)
+        if backend is not None:  # else it was taken out of the configuration meanwhile
+            self._measured.time(backend.url, wish.runner.name, seconds)
 
     def _set_budget(self) -> None:
         """As of now. Not while anything loads: it counts in full, and has not taken its memory yet."""
@@ -658,7 +649,7 @@ class Residency:
             now = time.monotonic()
             if self._is_warm(seat, now):
                 return
-            takes = self._load_times.get(seat.runner)
+            takes = self._measured.load_time(seat.model.backend.url, seat.runner.name)
             if takes is None:
                 takes = seat.need.size / SLOWEST if seat.need is not None else math.inf
             if takes <= min(seat.model.timeouts.first_token, until - now):
@@ -711,6 +702,7 @@ class Residency:
             self._asleep = False
             if not self._stopping.is_set():
                 self.check()
+                self.save()
 
     def _until_next_round(self) -> float | None:
         """Seconds; None = not before something is used."""
@@ -742,6 +734,22 @@ class Residency:
                 self._say(f"unloaded {resident.told}, idle for longer than its keep_alive")
         for resident in off:
             self._repair(resident, watch)
+
+    def save(self) -> None:
+        """Write down what was measured. A disk that does not take it is told of once, and tried again."""
+        if self._notebook is None:
+            return
+        with self._lock:
+            new = self._measured.unsaved()
+        told = bool(self._unwritten)
+        self._unwritten |= new
+        try:
+            self._notebook.add(self._unwritten)
+        except OSError as exc:
+            if not told:
+                self._say(f"{self._notebook.path}: what was measured can't be kept: {exc.strerror or exc}")
+        else:
+            self._unwritten = {}
 
     def _due(self, resident: Resident) -> float | None:
         """Under the lock: when it is to be unloaded, where its server does not do so by itself."""
@@ -812,7 +820,11 @@ class Residency:
                 seats=dict(self._seats),
                 kinds={name: engine.kind for name, engine in self._engines.items()},
                 problems={name: hearing.problem for name, hearing in self._hearing.items() if hearing.problem},
-                load_times=dict(self._load_times),
+                load_times={
+                    seat.runner: seconds
+                    for seat in self._seats.values()
+                    if (seconds := self._measured.load_time(seat.model.backend.url, seat.runner.name)) is not None
+                },
             )
 
     def fit_together(self, models: Iterable[Model]) -> bool | None:
@@ -865,6 +877,15 @@ def _does_not_fit(wish: Wish, refusal: Refuse, backend: str) -> BackendError:
         detail=f"{shown(refusal.need.size)} of {shown(refusal.limit)}",
         way_out=f"ask a smaller model, raise memory.budget, or set backends.{backend}.local = false if that server "
         "runs on another machine",
+    )
+
+
+def _fixed(model: Model) -> BackendError:
+    return BackendError(
+        "unsupported",
+        f"{model.name} can't be unloaded: the server of backend {model.backend.name} has that one model for as long as "
+        "it runs",
+        way_out="stop that server; one that unloads is llama-server without --model (a router), or llama-swap",
     )
 
 
