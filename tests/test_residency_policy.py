@@ -15,7 +15,7 @@ from typing import Any, ClassVar
 
 from portway import config
 from portway.commands import residency as residency_cli
-from portway.errors import BackendError, ClientError
+from portway.errors import ClientError, PortwayError
 from portway.memory import api as residency_api
 from portway.memory.arbiter import Shape
 from portway.memory.residency import Residency
@@ -195,7 +195,11 @@ class PeopleTest(Served):
             self.assertRegex(out, r"\na +a:latest +one +6\.[01] GB +512 +loaded +0 +5m\n$")
             _, out, _ = self.run_command(parsed, "models")
             self.assertRegex(out, r"\ngiant +giant +two +~20\.\d GB +yes +no +no +no\n")
-            self.assertEqual((1, ""), self.run_command(parsed, "load", "giant")[:2])
+            status, out, err = self.run_command(parsed, "load", "giant")
+            self.assertEqual((1, ""), (status, out))
+            self.assertRegex(
+                err, r"^portway load: giant needs .*; the budget is 10\.0 GB\. Way out: ask a smaller model"
+            )
             self.assertEqual((0, "a: unloaded\n"), self.run_command(parsed, "unload", "a")[:2])
             self.assertEqual(2, self.run_command(parsed, "load")[0])
             self.assertEqual(2, self.run_command(parsed, "ps", "now")[0])
@@ -227,7 +231,7 @@ class Api:
                 status = 200
                 try:
                     said = run()
-                except (BackendError, ClientError) as exc:
+                except PortwayError as exc:
                     status, said = exc.status, exc.envelope()
                 content = json.dumps(said).encode()
                 self.send_response(status)
