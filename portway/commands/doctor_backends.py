@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from portway.commands.first_config import LADDER, budget
 from portway.config import Backend, Config, Model
+from portway.memory import llama_swap
 from portway.memory.fits import Footprint, footprint
 
 if TYPE_CHECKING:
@@ -140,7 +141,7 @@ def _look_at_openai(seen: Seen, models: Sequence[Model], ask: Ask) -> None:
 
 def _aliases(entry: Mapping[str, Any]) -> Sequence[Any]:
     aliases = entry.get("aliases")
-    return aliases if isinstance(aliases, list) else []
+    return [*(aliases if isinstance(aliases, list) else []), *llama_swap.aliases_of(entry)]
 
 
 def _entries(value: Mapping[str, Any], key: str) -> list[Mapping[str, Any]]:

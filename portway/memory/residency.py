@@ -551,7 +551,7 @@ class Residency:
         runner, shape = Runner(model.backend.name, known.runner), shape_of(model, known)
         if (size := self._measured.size(model.backend.url, runner.name, shape)) is not None:
             return Seat(model, engine, runner, shape, footprint.measured(size), known.present, measured=True)
-        if not known.present:
+        if not known.present or known.elsewhere:
             return Seat(model, engine, runner, shape, None, known.present)
         window = shape.num_ctx or model.num_ctx or known.window or WINDOW
         need = footprint.need_of(
@@ -565,7 +565,9 @@ class Residency:
         if configured is None:
             return []  # it was taken out of the configuration meanwhile
         if not engine.measures:  # a size from the configuration is better than an estimate
-            said = {s.runner.name: s.model.size for s in self._seats.values() if s.runner.backend == backend}
+            self._learn()  # by now it is known which names stand for the same
+            seats = [seat for seat in self._seats.values() if seat.runner.backend == backend]
+            said = {seat.runner.name: seat.model.size for seat in seats if seat.model.size is not None}
             seen = [one._replace(size=said.get(one.name) or one.size) for one in seen]
         self._ledger.merge(backend, seen, began, now)
         if engine.measures:
