@@ -20,6 +20,7 @@ from portway.memory import api as residency_api
 from portway.memory.arbiter import Shape
 from portway.memory.residency import Residency
 from portway.memory.resident import Known, shape_of
+from portway.standin.server import StandInModel
 from portway.watch import NoClient
 from tests.llama_server import wait_for
 from tests.test_residency import GB, SOON, Served, post
@@ -126,6 +127,32 @@ class PolicyTest(Served):
         self.assertEqual({"embed"}, self.in_memory())
         self.assertTrue(self.residency.unload(model, NoClient(), time.monotonic() + SOON))
         self.assertEqual(set(), self.in_memory())
+
+
+class SurplusTest(Served):
+    """A model that takes more than is said of it."""
+
+    models: ClassVar = {"a": 'keep_alive = "5m"\nsize = "6GB"'}
+
+    def model(self, name: str, size: float) -> StandInModel:
+        return super().model(name, 10.5 if name == "a" else size)
+
+    def test_an_estimate_that_was_too_low(self) -> None:
+        """What is idle goes when more was taken than the budget, at last the one that took it; it is told, and
+        refused from then on, with what it took."""
+        self.ask("embed", load=True)
+        with self.place("a") as place:
+            self.residency.load(self.config.models["a"], NoClient(), time.monotonic() + SOON)
+            place.began()
+            self.settle()
+            self.residency.check()
+            self.assertEqual({"a"}, self.in_memory())  # it is in use
+        self.residency.check()
+        self.assertEqual(set(), self.in_memory())
+        names = ("embed:latest", "a:latest")
+        self.assertEqual([f"unloaded {name}, as memory.budget is exceeded" for name in names], self.said)
+        error = self.refused("does_not_fit", "a")
+        self.assertEqual("a needs 10.5 GB, as measured; the budget is 10.0 GB", error.message)
 
 
 class PreloadTest(Served):

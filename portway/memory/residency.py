@@ -21,7 +21,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Self
 
 from portway.errors import BackendError, ClientError
-from portway.memory import footprint
+from portway.memory import footprint, refusals
 from portway.memory import machine as memory
 from portway.memory.arbiter import (
     LEAVING,
@@ -42,7 +42,6 @@ from portway.memory.arbiter import (
     Wish,
 )
 from portway.memory.budget import budget_of, is_here
-from portway.memory.footprint import shown
 from portway.memory.measured import Measure, Measurements, Notebook, Thing
 from portway.memory.resident import Engine, await_gone, engine_of, shape_of
 from portway.watch import NoClient
@@ -96,7 +95,7 @@ class Place:
     def began(self) -> None:
         """The first content is in: the model is loaded, by whomever."""
         resident = self.wish.resident
-        if resident is not None and resident.status == LOADING:
+        if resident is not None and (resident.status == LOADING or resident.shape.options != self.wish.shape.options):
             self._residency.began(self.wish)
 
     def leave(self, load_s: float | None = None) -> None:
@@ -382,7 +381,7 @@ class Residency:
             if resident is None:
                 return False
             if resident.fixed:
-                raise _fixed(model)
+                raise refusals.fixed(model.name, model.backend.name)
             if resident.users or resident.status in (LOADING, LEAVING):
                 message = f"{model.name} is in use: {resident.users} requests, {resident.status}."
                 raise ClientError(message, status=409, code="model_in_use")
@@ -437,7 +436,7 @@ class Residency:
             if isinstance(action, Go):
                 return
             if isinstance(action, Refuse):
-                raise _does_not_fit(ticket.wish, action, self._seats[ticket.wish.name].model.backend.name)
+                raise refusals.does_not_fit(ticket.wish, action)
             if isinstance(action, Clear):
                 self._clear(ticket, action, watch, until)
             elif ear is not None:
@@ -452,7 +451,7 @@ class Residency:
             if ticket.action is not None:
                 return
             if now >= until:
-                raise self._no_room(ticket.wish, now)
+                raise refusals.no_room(ticket.wish, now, self._held.get(ticket.wish.runner.backend, 5.0))
             rung = self._turn(now)
         _ring(rung)
 
@@ -572,7 +571,7 @@ class Residency:
         self._ledger.merge(backend, seen, began, now)
         if engine.measures:
             for resident in self._ledger.residents.values():
-                if resident.runner.backend == backend and resident.status == LOADED and resident.ours and resident.size:
+                if resident.runner.backend == backend and resident.status == LOADED and resident.is_weighed:
                     self._measured.weigh(configured.url, resident.runner.name, resident.shape, resident.size)
         self._learn()
         return self._turn(now)
@@ -659,11 +658,7 @@ class Residency:
             seats = [self._seats[other.name] for other in others if other.name in self._seats]
             warm = next((other.model.name for other in seats if self._is_warm(other, now)), None)
         if warm is not None:
-            raise BackendError(
-                "cold",
-                f"skipped, as loading it takes about {takes:.0f} s, and {warm} is loaded",
-                detail=f"load {takes:.0f}s",
-            )
+            raise refusals.cold(takes, warm)
 
     def _is_warm(self, seat: Seat, now: float) -> bool:
         resident = self._ledger.residents.get(seat.runner)
@@ -674,23 +669,8 @@ class Residency:
     def _queue_full(self, wish: Wish) -> BackendError:
         """Under the lock."""
         backend = wish.runner.backend
-        lane = self._ledger.lanes[backend]
-        seconds = self._held.get(backend, 1.0) * (self._ledger.queued(backend) + 1) / (lane.max_parallel or 1)
-        return BackendError(
-            "queue_full",
-            f"{lane.max_queue} requests wait for {backend} already",
-            detail=f"{lane.max_queue} waiting",
-            retry_after=min(60.0, max(1.0, seconds)),
-        )
-
-    def _no_room(self, wish: Wish, now: float) -> BackendError:
-        waited = now - wish.since
-        return BackendError(
-            "no_room",
-            f"waited {waited:.1f} s for {wish.why or 'its turn'}",
-            detail=f"waited for {wish.why or 'its turn'}",
-            retry_after=min(60.0, max(1.0, self._held.get(wish.runner.backend, 5.0))),
-        )
+        held = self._held.get(backend, 1.0)
+        return refusals.queue_full(backend, self._ledger.lanes[backend], self._ledger.queued(backend), held)
 
     # --- the monitor
 
@@ -718,7 +698,8 @@ class Residency:
         return max(0.05, min(dues) - now) if dues else None
 
     def check(self) -> None:
-        """One round: look at each backend, unload what outstayed, correct what another client has changed."""
+        """One round: look at each backend, unload what outstayed or is too much, correct what another client has
+        changed."""
         watch = NoClient()
         with self._lock:
             engines = list(self._engines.items()) if time.monotonic() - self._used_at < RECENT else []
@@ -730,10 +711,14 @@ class Residency:
             outstayed = [r for r in self._ledger.residents.values() if self._is_overdue(r)]
             for resident in outstayed:
                 self._ledger.leaving(resident)
-            off = [r for r in self._ledger.residents.values() if r not in outstayed and self._is_off(r)]
-        for resident in outstayed:
+            surplus = self._ledger.surplus(time.monotonic())
+            for resident in surplus:
+                self._ledger.leaving(resident)
+            off = [r for r in self._ledger.residents.values() if self._is_off(r)]
+        for resident in (*outstayed, *surplus):
             if self._unload(resident, watch, time.monotonic() + UNLOADING):
-                self._say(f"unloaded {resident.told}, idle for longer than its keep_alive")
+                why = "as memory.budget is exceeded" if resident in surplus else "idle for longer than its keep_alive"
+                self._say(f"unloaded {resident.told}, {why}")
         for resident in off:
             self._repair(resident, watch)
 
@@ -869,26 +854,6 @@ class Snapshot:
 
 def _wish(seat: Seat, now: float) -> Wish:
     return Wish(seat.model.name, seat.runner, seat.shape, seat.need, seat.model.keep_alive, now)
-
-
-def _does_not_fit(wish: Wish, refusal: Refuse, backend: str) -> BackendError:
-    beside = f", of which {shown(refusal.beside)} can't be unloaded" if refusal.beside else ""
-    return BackendError(
-        "does_not_fit",
-        f"{wish.name} needs {refusal.need.words}; the budget is {shown(refusal.limit)}{beside}",
-        detail=f"{shown(refusal.need.size)} of {shown(refusal.limit)}",
-        way_out=f"ask a smaller model, raise memory.budget, or set backends.{backend}.local = false if that server "
-        "runs on another machine",
-    )
-
-
-def _fixed(model: Model) -> BackendError:
-    return BackendError(
-        "unsupported",
-        f"{model.name} can't be unloaded: the server of backend {model.backend.name} has that one model for as long as "
-        "it runs",
-        way_out="stop that server; one that unloads is llama-server without --model (a router), or llama-swap",
-    )
 
 
 def _ring(tickets: Iterable[_Ticket]) -> None:
