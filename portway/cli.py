@@ -311,8 +311,9 @@ def _residency(name: str, words: list[str]) -> int:
     from portway import config
     from portway.commands import residency as residency_cli
 
+    path, words = _take_config(words)
     try:
-        loaded = config.load(None, os.environ)
+        loaded = config.load(path, os.environ)
     except config.ConfigError as exc:
         return _refuse(exc)
     return residency_cli.main(name, words, loaded)
@@ -384,6 +385,21 @@ def _read_options(
             raise _UsageError(f"{name} needs a value")
         options[name] = read(given)
     return options
+
+
+def _take_config(words: Sequence[str]) -> tuple[str | None, list[str]]:
+    """The value of --config, wherever it stands, and the words without it."""
+    path, left = None, []
+    rest = iter(words)
+    for word in rest:
+        name, equals, value = word.partition("=")
+        if name != "--config":
+            left.append(word)
+            continue
+        path = value if equals else next(rest, "")
+        if not path:
+            raise _UsageError("--config needs a value")
+    return path, left
 
 
 def _port(text: str) -> int:

@@ -38,6 +38,8 @@ from portway.config import ConfigError, ConfigWatcher
 from portway.errors import ClientError, ClientGone, PortwayError, Stopping
 from portway.loop import HANGUP, POLLIN, Loop, Task
 from portway.memory import api as residency_api
+from portway.memory.measured import Notebook
+from portway.memory.measured import default_path as notebook_path
 from portway.memory.residency import Residency
 from portway.metrics import CONTENT_TYPE, Metrics
 from portway.request import find_model, read_call
@@ -852,11 +854,12 @@ class Daemon:
         say: Callable[[str], None] | None = None,
         log: Log | None = None,
         cache: Cache | None = None,
+        notebook: Notebook | None = None,
     ) -> None:
         self._say = say or _to_stderr
         self.log = log
         self.cache = cache
-        self.residency = Residency(config, say=self._say)
+        self.residency = Residency(config, say=self._say, notebook=notebook)
         self._flights: Flights[Shared] = Flights()
         self._cooling = Cooling(config.cooldown)
         self._problem: str | None = None  # why the newest configuration is not in force
@@ -964,7 +967,7 @@ def serve(config: Config, *, config_path: str | None, environ: Mapping[str, str]
     """Serve until SIGTERM or SIGINT; reload on SIGHUP and when the file has changed. The exit code."""
     log, cache = open_log(config, environ), open_cache(config, environ)
     try:
-        daemon = Daemon(config, log=log, cache=cache)
+        daemon = Daemon(config, log=log, cache=cache, notebook=Notebook(notebook_path(environ)))
     except OSError as exc:
         _to_stderr(_cannot_listen(config.server.host, config.server.port, exc))
         return 1

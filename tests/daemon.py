@@ -121,7 +121,13 @@ class DaemonProcess(_Running):
         self._folder = tempfile.TemporaryDirectory(prefix="portway-daemon-")
         self.configuration = Path(self._folder.name) / "models.toml"
         self.configuration.write_text(_without_memory(toml), encoding="utf-8")
-        own = {"HOME": self._folder.name, "XDG_DATA_HOME": "", "XDG_CACHE_HOME": "", "XDG_CONFIG_HOME": ""}
+        own = {
+            "HOME": self._folder.name,
+            "XDG_DATA_HOME": "",
+            "XDG_CACHE_HOME": "",
+            "XDG_CONFIG_HOME": "",
+            "XDG_STATE_HOME": "",
+        }
         self._environ = {**os.environ, **own, **(environ or {})}
         self._args = args
         self._process: subprocess.Popen[bytes] | None = None

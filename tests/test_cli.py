@@ -229,6 +229,20 @@ class OtherCommandsTest(CliTest):
         self.assertEqual(0, run("standin", "--port", "0", "--help").status)
         standin.assert_called_once_with(["--port", "0", "--help"])
 
+    def test_residency(self) -> None:
+        """ps, load, unload and models ask the daemon of the configuration that --config names, wherever it stands."""
+        main = self.record("commands.residency", "main")
+        path = self.write(f"[server]\nport = 12345\n{VALID}")
+        for words in (["--config", path], [f"--config={path}"]):
+            for name, more in (("ps", ["--json"]), ("models", []), ("load", ["m"]), ("unload", ["m"])):
+                self.assertEqual(0, run(name, *words, *more).status)
+                command, left, loaded = main.call_args.args
+                self.assertEqual((name, more, 12345), (command, left, loaded.server.port))
+        self.assertEqual(0, run("load", "m", "--config", path).status)
+        self.assertEqual(["m"], main.call_args.args[1])
+        self.assertEqual(2, run("ps", "--config").status)
+        self.assertEqual(78, run("ps", "--config", "/nowhere.toml").status)
+
     def test_interrupt(self) -> None:
         """Ctrl-C ends a command without a traceback."""
         self.record("commands.demo", "main").side_effect = KeyboardInterrupt

@@ -37,7 +37,8 @@ from portway.memory.arbiter import (
     Shape,
     Wish,
 )
-from portway.memory.residency import Place, Residency, budget_of
+from portway.memory.budget import budget_of
+from portway.memory.residency import Place, Residency
 from portway.routing import Cooling, Router
 from portway.standin.server import Memory, StandIn, StandInModel
 from portway.watch import ClientWatch, NoClient
@@ -310,6 +311,39 @@ class RulesTest(Rules):
         self.ledger.cleared(wish)
         self.assertEqual(["b"], self.victims(dict(self.ledger.turn(0.1))[wish]))
 
+    def test_surplus(self) -> None:
+        """Where a budget that was set is exceeded, idle models of ours go: no others, none too early, and no more
+        than needed; never where the budget follows the machine."""
+        self.ledger.min_stay = 10.0
+        first, second = self.loaded("a", 4, keep_alive=1.0), self.loaded("b", 4, keep_alive=2.0, backend="two")
+        self.ledger.merge("one", [Seen("a", 7 * GB, 2048)], 1.0, 1.0)
+        self.assertEqual((), self.ledger.surplus(9.0))
+        self.assertEqual(["a"], [r.runner.name for r in self.ledger.surplus(10.0)])
+        using = self.wish("a", 4, at=10.0)
+        self.assertEqual(Go(load=False), self.enter(using))
+        self.assertEqual(["b"], [r.runner.name for r in self.ledger.surplus(10.0)])
+        self.ledger.residents[second.runner].ours = False
+        self.assertEqual((), self.ledger.surplus(10.0))
+        self.ledger.release(using, 11.0)
+        self.ledger.budget = Budget(10 * GB, 10 * GB)
+        self.assertEqual((), self.ledger.surplus(11.0))
+        self.ledger.budget = Budget(11 * GB, 11 * GB, firm=True)
+        self.assertEqual((), self.ledger.surplus(11.0))
+        self.ledger.budget = Budget(10 * GB, 10 * GB, firm=True)
+        self.ledger.leaving(self.ledger.residents[first.runner])
+        self.assertEqual((), self.ledger.surplus(11.0))
+
+    def test_what_another_client_loaded_and_we_use(self) -> None:
+        """By then it has the shape that we asked for: its server loads it anew where that differs."""
+        self.ledger.merge("one", [Seen("a", 3 * GB, 2048)], 0.0, 0.0)
+        resident = self.ledger.residents[Runner("one", "a")]
+        self.assertEqual((Shape(2048), False), (resident.shape, resident.is_weighed))
+        wish = self.wish("a", 1, num_ctx=None)
+        self.enter(wish)
+        self.assertFalse(resident.is_weighed)
+        self.ledger.began(wish, 1.0)
+        self.assertEqual((Shape(2048, ()), True), (resident.shape, resident.is_weighed))
+
     def test_expired(self) -> None:
         """What its server has dropped by now is not taken for loaded without a look."""
         self.loaded("a", 1, keep_alive=5.0)
@@ -558,7 +592,19 @@ class ThreadsTest(Served):
         self.residency._hearing["one"].looked_at = -math.inf
         self.residency.refresh(NoClient())
         measured = self.residency._seats["a"]
-        self.assertEqual((Need(6 * GB, 6 * GB, "6.0 GB"), True), (measured.need, measured.measured))
+        self.assertEqual((Need(6 * GB, 6 * GB, "6.0 GB, as measured"), True), (measured.need, measured.measured))
+
+    def test_measured_of_another_client(self) -> None:
+        """Also what another client had loaded is measured once we have used it."""
+        theirs = Residency(self.config, read=memory.Reading)
+        self.addCleanup(theirs.stop)
+        theirs.load(self.config.models["a"], NoClient(), time.monotonic() + SOON)
+        self.residency.refresh(NoClient())
+        self.assertFalse(self.residency._seats["a"].measured)
+        self.ask("a")
+        self.settle()
+        self.residency.check()
+        self.assertTrue(self.residency._seats["a"].measured)
 
     def test_a_server_that_is_away(self) -> None:
         """Requests go on as without an arbiter, what it had is forgotten, and it is told."""
@@ -729,7 +775,8 @@ class WarmTest(Served):
     def test_a_load_that_was_measured(self) -> None:
         """What took a moment the last time is loaded, whatever is warm."""
         self.residency.refresh(NoClient())
-        self.residency._load_times[self.residency._seats["a"].runner] = 1.0
+        a = self.config.models["a"]
+        self.residency._measured.time(a.backend.url, self.residency._seats["a"].runner.name, 1.0)
         self.ask("c")
         with self.place("a", others=("c",)) as place:
             self.assertTrue(place.wish.loads)

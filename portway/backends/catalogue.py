@@ -16,6 +16,7 @@ from portway.backends.transport import Patience, Pool
 from portway.backends.upstream import MAX_ERROR, error_of, request_head
 from portway.call import Limits, finish
 from portway.errors import BackendError
+from portway.memory import llama_swap
 from portway.watch import NoClient
 from portway.wire.events import WireError, dumps, loads
 
@@ -194,7 +195,7 @@ def _listed(entry: Mapping[str, Any] | None) -> Facts:
 
 def _aliases(entry: Mapping[str, Any]) -> list[Any]:
     aliases = entry.get("aliases")
-    return aliases if isinstance(aliases, list) else []
+    return [*(aliases if isinstance(aliases, list) else []), *llama_swap.aliases_of(entry)]
 
 
 _ASK: Mapping[str, Callable[[Pool, Any, list[Any]], dict[str, Facts]]] = {"ollama": _ask_ollama, "openai": _ask_openai}

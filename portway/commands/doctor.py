@@ -23,6 +23,7 @@ from portway.cache import file as cache_file
 from portway.commands import first_config, holder, probe
 from portway.commands.doctor_backends import Seen, Verdict, look_at, verdicts
 from portway.memory import machine as memory
+from portway.memory import measured
 from portway.memory.fits import Footprint, gb
 
 SEVERITIES = ("ok", "note", "warning", "error")
@@ -361,14 +362,18 @@ def _verdict(each: Verdict) -> Finding:
 
 
 def _files(loaded: config.Config, machine: Machine) -> Iterator[Finding]:
-    """Log and cache hold what was asked and answered, or its traces: their owner's only."""
+    """They hold what was asked and answered, or its traces: their owner's only."""
     places = []
     if loaded.log.enabled:
         places.append(("log", loaded.log.file or telemetry.log_path(machine.environ)))
     if loaded.cache.enabled and any(model.cache for model in loaded.models.values()):
         places.append(("cache", loaded.cache.file or cache_file.default_path(machine.environ)))
+    if loaded.memory.enabled:
+        places.append(("models' measures", measured.default_path(machine.environ)))
     for what, path in places:
-        yield _file(what, str(path))
+        found = _file(what, str(path))
+        needed = what in ("log", "cache")  # the other is a convenience
+        yield found if needed or found.severity != "error" else found._replace(severity="warning")
         modified = _modified(str(path))
         if modified is not None and modified > machine.now() + FUTURE:
             text = f"{path} was written {modified - machine.now():.0f} s in the future: the clock went back"
