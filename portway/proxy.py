@@ -48,7 +48,7 @@ from portway.telemetry import Log, Price, Record
 from portway.vitals import Vitals
 from portway.watch import ClientWatch
 from portway.wire.events import DONE, dumps, loads_object, sse
-from portway.wire.http1 import MAX_HEAD, BadMessage, Incoming, RequestHead, as_client_error, parse_request
+from portway.wire.http1 import MAX_HEAD, NO_HEAD, BadMessage, Incoming, RequestHead, as_client_error, parse_request
 from portway.workers import InFlight, Workers
 
 if TYPE_CHECKING:
@@ -219,6 +219,7 @@ class Handler(BaseHTTPRequestHandler):
         self.expires = time.monotonic() + self.server.daemon.state.config.server.idle_timeout
         self._buffer = b""
         self._reading: Incoming | None = None
+        self._began = 0.0  # time.monotonic() when the request that is coming in began to
         self.watch = ClientWatch(self.connection, self.read_ahead)
 
     def handle(self) -> None:
@@ -243,7 +244,8 @@ class Handler(BaseHTTPRequestHandler):
             else:
                 self.time_out()
         except (OSError, ClientGone):
-            self.close()  # the client's end; there is nobody to tell
+            self._never_came_in()  # the client's end; there is nobody to tell
+            self.close()
         except Exception as exc:  # noqa: BLE001 - a bug of ours must not cost a thread
             self.server.daemon.unforeseen(exc)
             self.close()
@@ -263,14 +265,32 @@ class Handler(BaseHTTPRequestHandler):
 
     def time_out(self) -> None:
         """Close; with a 408 if it took too long in the middle of a request."""
+        self.break_off(ClientError("The request did not come in in time.", status=408, code="request_timeout"))
+
+    def break_off(self, error: PortwayError) -> None:
+        """Close; with `error` if a request was coming in."""
         if self.keep_alive and (self._buffer or self._reading):
-            error = ClientError("The request did not come in in time.", status=408, code="request_timeout")
             try:
                 self.connection.setblocking(False)
-                self.connection.send(_plain_head(408) + dumps(error.envelope()))
+                self.connection.send(_plain_head(error.status) + dumps(error.envelope()))
             except OSError:
                 pass  # it does not read either
+            self._never_came_in(error)
         self.close()
+
+    def _never_came_in(self, error: PortwayError | None = None) -> None:
+        """The log's line of a request of which not all came: `error` says why, None = its client left."""
+        if not self._buffer and not self._reading:
+            return
+        self.head = self._reading.head if self._reading else NO_HEAD
+        now = time.monotonic()
+        self._record = Record(time.time() - (now - self._began), self._began, _client(self.head), self.head.path)
+        if error is None:
+            self._client_left("request")
+        else:
+            self._record.status = error.status
+            self._failed(error)
+        self._write_down(None)
 
     def read_ahead(self) -> bool:
         """Take what the client sends while its request is under way; False once it has ended its side."""
@@ -335,10 +355,10 @@ class Handler(BaseHTTPRequestHandler):
             if not self._buffer:
                 self.expires = now + config.idle_timeout
             elif self.expires > now + config.header_timeout:
-                self.expires = now + config.header_timeout
+                self.expires, self._began = now + config.header_timeout, now
             return None
         head, self._buffer = self._buffer[:end], self._buffer[end + 4 :]
-        self.expires = now + config.body_timeout
+        self.expires, self._began = now + config.body_timeout, now
         try:
             incoming = Incoming(parse_request(head), config.max_body)
         except BadMessage as exc:
@@ -381,7 +401,7 @@ class Handler(BaseHTTPRequestHandler):
             except Exception as exc:  # noqa: BLE001 - the last resort: logged with its id, never shown
                 self._fail(self.server.daemon.unforeseen(exc))
             finally:
-                self._write_down()
+                self._write_down(self.watch.waited)
         self.expires = time.monotonic() + self.server.daemon.state.config.server.idle_timeout
         if incoming.poisoned:
             self._say_goodbye()
@@ -391,9 +411,9 @@ class Handler(BaseHTTPRequestHandler):
         self._record.exit_code = 130 if _is_ask(self.head) else None
         self.keep_alive = False
 
-    def _write_down(self) -> None:
+    def _write_down(self, waited: float | None) -> None:
         """The request's line in the log. Whoever only asks how we are, again and again, is not worth one."""
-        self._record.finish(time.monotonic(), self.watch.waited)
+        self._record.finish(time.monotonic(), waited)
         if self._record.status == 200 and self.head.path.endswith(_UNLOGGED):
             return
         daemon = self.server.daemon
@@ -519,9 +539,7 @@ class Handler(BaseHTTPRequestHandler):
 
     def _fail(self, error: PortwayError) -> None:
         """The error as the rest of a begun stream, else as an answer of its own."""
-        self._record.failed(error)
-        if _is_ask(self.head):
-            self._record.exit_code = self._exit_code_of_ask(error)
+        self._failed(error)
         try:
             if self._stream and self._stream.started:
                 self._stream.fail(error)
@@ -534,6 +552,11 @@ class Handler(BaseHTTPRequestHandler):
             self.respond(error.status, headers, body)
         except OSError:
             self.keep_alive = False
+
+    def _failed(self, error: PortwayError) -> None:
+        self._record.failed(error)
+        if _is_ask(self.head):
+            self._record.exit_code = self._exit_code_of_ask(error)
 
     def _exit_code_of_ask(self, error: PortwayError) -> int:
         """What `ask` will make of this error, by the rules in its manual, for the log."""
@@ -647,6 +670,8 @@ class Server(ThreadingHTTPServer):
     def server_close(self) -> None:
         """Close the listener and every connection that is left."""
         self.socket.close()
+        for handler in (*self._parked.values(), *self._arrivals):
+            handler.break_off(Stopping())
         for handler in list(self._open):
             handler.connection.close()
         self._selector.close()
@@ -739,7 +764,7 @@ class Server(ThreadingHTTPServer):
         victims = sorted(self._parked.values(), key=lambda handler: handler.expires)[:count]
         for handler in victims:
             self._unpark(handler)
-            handler.close()
+            handler.time_out()
         return bool(victims)
 
     def _wake_up(self) -> None:

@@ -80,10 +80,11 @@ class Record:
 
     ts: time.time() when it came. started, first, ended: time.monotonic() when it came, when its first
     content was sent, when it was over. waited: seconds spent waiting for others, None = not measured.
-    cache_hit: None = the cache was not asked. error: a code, never a message. cancelled_in: the phase
-    (call.PHASES) in which the client left. host: the backend's. exit_code: None = made from the status.
-    body: the request as parsed, for its prompt's hash and size. document: an answer out of the cache, whose
-    sizes the writer takes from it. size: bytes of both.
+    cache_hit: None = the cache was not asked. error: a code, never a message. cancelled_in: what the client
+    left in: a phase (call.PHASES), "request" if it had not sent all of it, "stalled" if it did not read.
+    host: the backend's. exit_code: None = made from the status. body: the request as parsed, for its prompt's
+    hash and size. document: an answer out of the cache, whose sizes the writer takes from it. size: bytes of
+    both.
     """
 
     ts: float
