@@ -170,14 +170,31 @@ class Cache:
     def get(self, key: bytes, model: str, max_age: float | None = None, *, count: bool = True) -> Entry | None:
         """The entry, if there is one that is no older than max_age seconds (None = any age).
 
-        model: the logical name that was asked for, under which the look-up is counted.
+        model: the logical name that was asked for, under which the look-up is counted. count: False = the
+        caller does that.
         """
         entry = self._waiting_entry(key) or self._stored_entry(key)
         if entry is not None and max_age is not None and entry.age() > max_age:
             entry = None
         if count:
-            self._note(key, model, entry is not None)
+            self.count(key, model, hit=entry is not None)
         return entry
+
+    def count(self, key: bytes, model: str, *, hit: bool) -> None:
+        """Count a look-up, as `get` does it by itself: for who learns only later whether it was a hit."""
+        with self._changed:
+            if self._readers is None:
+                return
+            counts = self._counts.get(model) or self._counts.setdefault(model, Counts())
+            if hit:
+                counts.hits += 1
+                if len(self._used) < MAX_USED:
+                    self._used[key] = time.time()
+            else:
+                counts.misses += 1
+            if self._notes_due is None:
+                self._notes_due = time.monotonic() + NOTES_DELAY
+                self._changed.notify_all()
 
     def put(self, key: bytes, make: MakeDocument, *, model: str, size: int, warning: str = "") -> None:
         """Hand an answer in: `get` finds it at once, the file has it soon after.
@@ -226,21 +243,6 @@ class Cache:
                 self._notes_due = time.monotonic()
                 self._changed.notify_all()
         readers.close()
-
-    def _note(self, key: bytes, model: str, hit: bool) -> None:
-        with self._changed:
-            if self._readers is None:
-                return
-            counts = self._counts.get(model) or self._counts.setdefault(model, Counts())
-            if hit:
-                counts.hits += 1
-                if len(self._used) < MAX_USED:
-                    self._used[key] = time.time()
-            else:
-                counts.misses += 1
-            if self._notes_due is None:
-                self._notes_due = time.monotonic() + NOTES_DELAY
-                self._changed.notify_all()
 
     # for the commands, the tests and the end
 
