@@ -82,9 +82,9 @@ class Record:
     content was sent, when it was over. waited: seconds spent waiting for others, None = not measured.
     cache_hit: None = the cache was not asked. error: a code, never a message. cancelled_in: what the client
     left in: a phase (call.PHASES), "request" if it had not sent all of it, "stalled" if it did not read.
-    host: the backend's. exit_code: None = made from the status. body: the request as parsed, for its prompt's
-    hash and size. document: an answer out of the cache, whose sizes the writer takes from it. size: bytes of
-    both.
+    host: the backend's, of several one that is not local; "" = not known. exit_code: None = made from the
+    status. body: the request as parsed, for its prompt's hash and size. document: an answer out of the cache,
+    whose sizes the writer takes from it. size: bytes of both.
     """
 
     ts: float
@@ -129,7 +129,8 @@ class Record:
         """A target has answered, or has begun to; `first` as above."""
         tally = served.answer.tally
         self.served_by = served.model.name
-        self.host = served.model.backend.host
+        hosts = served.hosts
+        self.host = next((each for each in hosts if not is_local(each)), hosts[0]) if hosts else ""
         self.attempts = served.attempts
         self.first = first
         self.queue_s = served.queued
@@ -186,12 +187,15 @@ class Record:
 
     @property
     def outcome(self) -> int:
+        """What stands in the log as exit_code."""
+        return self.failure if self.exit_code is None else self.exit_code
+
+    @property
+    def failure(self) -> int:
         """0 = answered, else the class of the status: 4 = the request or its client, 5 = the servers.
 
         A stream that has begun keeps its 200, whatever then becomes of it.
         """
-        if self.exit_code is not None:
-            return self.exit_code
         if self.cancelled_in:
             return 4
         if self.status >= 400:
@@ -293,7 +297,7 @@ def _saved(record: Record, price: Price) -> float | None:
     """What the answer would have cost elsewhere; nothing if it came from elsewhere, or not at all."""
     if record.prompt_tokens is None and record.completion_tokens is None:
         return None
-    if record.outcome or not (record.cache_hit or is_local(record.host)):
+    if record.failure or not (record.cache_hit or (record.host and is_local(record.host))):
         return 0.0
     return price.of(record.prompt_tokens or 0, record.completion_tokens or 0)
 
