@@ -7,7 +7,7 @@ a socket of the other side, and nothing here knows HTTP.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
@@ -172,6 +172,11 @@ class Composed:
         """Further headers."""
         raise NotImplementedError
 
+    @property
+    def hosts(self) -> Sequence[str]:
+        """Where those who had a part in it run; empty if that is not known."""
+        raise NotImplementedError
+
 
 class Backend(Protocol):
     """One kind of server behind Portway."""
@@ -201,3 +206,10 @@ class Served:
     rest: Iterable[bytes] = ()
     queued: float = 0.0  # seconds spent waiting for a place in memory or at a backend
     whole: bytes | None = None
+
+    @property
+    def hosts(self) -> Sequence[str]:
+        """Where the answer was made: its backend's host, or those of all who had a part in it."""
+        if isinstance(self.answer, Composed):
+            return self.answer.hosts
+        return (self.model.backend.host,)

@@ -80,7 +80,7 @@ class State:
             "family": model.family,
             "chain": [member.name for member in self.config.chain(model)],
             "aliases": list(model.aliases),
-            "flag": model.flag or None,
+            "flag": self.config.flag_of(model) or None,
         }
         return card
 

@@ -19,7 +19,7 @@ import zipfile
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from portway import __version__
+from portway import __version__, fields
 from portway.ask import command as ask
 from portway.ask import install as ask_install
 from portway.ask import manual as ask_help
@@ -338,6 +338,11 @@ class TestOptions(AskTestCase):
         """After --."""
         self.answered("ok", "-n", "--", "--9b", "-x")
         self.assertEqual(self.prompt(), "--9b -x")
+
+    def test_no_tier_can_hide_behind_an_option(self):
+        """What ask understands itself is no flag of a model; the configuration refuses all of these."""
+        own = {name.removeprefix("--") for name in (*ask.SWITCHES, *ask.VALUES) if name.startswith("--")}
+        self.assertEqual({*own, "default"}, fields._ASK_OPTIONS)
 
 
 class TestAnswer(AskTestCase):

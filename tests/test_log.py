@@ -10,7 +10,9 @@ import unittest
 from contextlib import ExitStack, closing
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
+from portway import telemetry
 from portway.cache.store import Cache
 from portway.standin.server import DEFAULT_MODELS, Fault, StandIn
 from portway.telemetry import Log, Price
@@ -249,6 +251,30 @@ class Answered(LogCase):
             steps = [(attempt["model"], attempt["reason"]) for attempt in line["attempts"]]
             self.assertEqual([("nine", "server_error"), ("three", "ok")], steps)
         self.assertEqual([False, True], [line["cache_hit"] for line in lines])
+
+    def test_several_models(self) -> None:
+        """A council or a cascade is local, and saves something, if all who had a part in it are."""
+        panels = ['[models.both]\nkind = "council"\nmembers = ["coder", "far"]\nchairman = "coder"\n']
+        panels += ['[models.two]\nkind = "council"\nmembers = ["coder", "coder"]\nchairman = "coder"\n']
+        panels += ['[models.outer]\nkind = "council"\nmembers = ["coder", "both"]\nchairman = "coder"\n']
+        panels += ['[models.told]\nkind = "council"\nmembers = ["coder", "coder"]\nchairman = "far"\n']
+        panels += ['[models.up]\nkind = "cascade"\nmembers = ["coder", "far"]\n']
+        far = self.backend.url.replace("127.0.0.1", "localhost")
+        panels += [f'[backends.cloud]\nkind = "ollama"\nurl = "{far}"\n']
+        panels += ['[models.far]\nbackend = "cloud"\nmodel = "gemma3:1b"\n']
+        self.daemon.use(SERVER.format(url=self.backend.url, key=KEY) + MODELS + "".join(panels))
+        self.enterContext(mock.patch.object(telemetry, "is_local", lambda host: host != "localhost"))
+        rows = (("coder", True), ("far", False), ("both", False), ("two", True), ("outer", False), ("told", False))
+        for stream in (False, True):
+            for name, local in (*rows, ("up", True)):
+                with self.subTest(name, stream=stream):
+                    self.ask(chat(name, stream=stream))
+                    line = self.line()
+                    self.assert_says(line, status=200, local=local)
+                    self.assertEqual(local, line["saved_usd"] > 0)
+        self.backend.fail("qwen3-coder:30b", BROKEN)
+        self.ask(chat("up"))
+        self.assert_says(self.line(), status=200, local=False, saved_usd=0)
 
     def test_questions_about_models(self) -> None:
         """They have their line, too; GET /health and GET /metrics, asked again and again, have none."""
