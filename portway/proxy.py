@@ -43,8 +43,8 @@ from portway.memory.residency import Residency
 from portway.metrics import CONTENT_TYPE, Metrics
 from portway.request import find_model, read_call
 from portway.routing import ChainExhausted, Cooling
-from portway.state import State, open_cache, open_log
-from portway.telemetry import Log, Price, Record
+from portway.state import State, adjust, left_for_the_start, open_cache, open_log
+from portway.telemetry import Log, Record
 from portway.vitals import Vitals
 from portway.watch import ClientWatch
 from portway.wire.events import DONE, dumps, loads_object, sse
@@ -842,8 +842,9 @@ class Daemon:
         config = replace(config, server=server)
         self.residency.adopt(config)
         old, self.state = self.state, self._build(config)
-        if self.log:
-            self.log.price = Price(config.price.input, config.price.output)
+        adjust(config, self.log, self.cache)
+        if waiting := left_for_the_start(old.config, config):
+            self._say(f"{', '.join(waiting)}: taken over at the next start, not before")
         self._problem = None
         self.metrics.use(config.models)
         old.close()

@@ -396,6 +396,10 @@ class Log:
         """Why the file can't be written now, in words; None = it can, as far as is known."""
         return self._problem
 
+    def limit(self, max_bytes: int, keep: int) -> None:
+        """Rotate by other numbers from the next write on: see LogFile."""
+        self._file.max_bytes, self._file.keep = max_bytes, keep  # two numbers, which the writer only reads
+
     def record(self, record: Record) -> None:
         """Take a finished record. Never waits for the file and never fails for its sake."""
         with self._changed:
@@ -515,8 +519,8 @@ class LogFile:
     ) -> None:
         self.path = path
         self.trouble: OSError | None = None
-        self._max_bytes = max_bytes
-        self._keep = keep
+        self.max_bytes = max_bytes
+        self.keep = keep
         self._write = write
         self._file: int | None = None
 
@@ -570,7 +574,7 @@ class LogFile:
             self.trouble = exc
 
     def _is_full(self, size: int, room: int) -> bool:
-        return size > 0 and size + room > self._max_bytes
+        return size > 0 and size + room > self.max_bytes
 
     def _rotate(self, room: int) -> None:
         lock = _open_private(f"{self.path}.lock", os.O_RDWR | os.O_CREAT)
@@ -586,9 +590,9 @@ class LogFile:
         with self._held() as file:
             if not self._is_full(os.fstat(file).st_size, room):
                 return  # somebody else was quicker
-            _shift(self.path, self._keep)
+            _shift(self.path, self.keep)
         self.close()
-        if self._keep:
+        if self.keep:
             _compress(f"{self.path}.1")
 
 

@@ -167,6 +167,13 @@ class Cache:
         """How many answers were not stored because the writer was too far behind."""
         return self._dropped
 
+    def limit(self, max_size: int, lifetime: float) -> None:
+        """Go by other bounds from the next write on."""
+        with self._changed:
+            self._max_size, self._lifetime = max_size, lifetime
+            self._expire_at = 0.0
+            self._changed.notify_all()
+
     def get(self, key: bytes, model: str, max_age: float | None = None, *, count: bool = True) -> Entry | None:
         """The entry, if there is one that is no older than max_age seconds (None = any age).
 
