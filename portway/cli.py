@@ -297,22 +297,27 @@ def _standin(words: list[str]) -> int:
 
 def _stats(words: list[str]) -> int:
     from portway import config
-    from portway.commands import stats
+    from portway.commands import probe, stats
 
+    if _asks_for_help(words):
+        return stats.main(words)
+    path, words = _config_of(words)
     try:
-        file = config.load(None, os.environ).log.file
+        loaded = config.load(path, os.environ)
     except config.ConfigError as exc:
         return _refuse(exc)
-    named = any(word.partition("=")[0] == "--log" for word in words)
-    return stats.main([*words, "--log", file] if file and not named else words)
+    return stats.main(words, os.environ, log=loaded.log.file, health=lambda: probe.health(loaded))
 
 
 def _residency(name: str, words: list[str]) -> int:
     from portway import config
     from portway.commands import residency as residency_cli
 
+    if _asks_for_help(words):
+        return _show(residency_cli.HELP[name])
+    path, words = _config_of(words)
     try:
-        loaded = config.load(None, os.environ)
+        loaded = config.load(path, os.environ)
     except config.ConfigError as exc:
         return _refuse(exc)
     return residency_cli.main(name, words, loaded)
@@ -323,8 +328,11 @@ def _cache(words: list[str]) -> int:
     from portway.cache import file as cache_file
     from portway.commands import cache as cache_cli
 
+    if _asks_for_help(words):
+        return _show(cache_cli.HELP)
+    path, words = _config_of(words)
     try:
-        file = config.load(None, os.environ).cache.file
+        file = config.load(path, os.environ).cache.file
     except config.ConfigError as exc:
         return _refuse(exc)
     return cache_cli.main(words, file or cache_file.default_path(os.environ))
@@ -384,6 +392,27 @@ def _read_options(
             raise _UsageError(f"{name} needs a value")
         options[name] = read(given)
     return options
+
+
+def _asks_for_help(words: Sequence[str]) -> bool:
+    """Then no configuration is read: it may be what help is needed with."""
+    return "--help" in words or "-h" in words
+
+
+def _config_of(words: Iterable[str]) -> tuple[str | None, list[str]]:
+    """--config FILE out of the words of a command that reads the others itself."""
+    path: str | None = None
+    others: list[str] = []
+    rest = iter(words)
+    for word in rest:
+        name, equals, value = word.partition("=")
+        if name != "--config":
+            others.append(word)
+            continue
+        path = value if equals else next(rest, "")
+        if not path:
+            raise _UsageError("--config needs a value")
+    return path, others
 
 
 def _port(text: str) -> int:

@@ -27,7 +27,7 @@ BAR = 40  # characters
 
 HELP: Mapping[str, str] = {
     "ps": """\
-usage: portway ps [--json]
+usage: portway ps [--json] [--config FILE]
 
 What is loaded where, how much memory it takes, until when it stays and how many
 requests use it; what waits; and the budget as a bar. Asks the running Portway,
@@ -37,7 +37,7 @@ Options:
   --json  print what the daemon said, for programs
 """,
     "models": """\
-usage: portway models [--json]
+usage: portway models [--json] [--config FILE]
 
 Every name, the model behind it, what it takes in memory (~ estimated, until it
 was loaded once), whether the backend has it, and whether it fits into memory:
@@ -47,13 +47,13 @@ Options:
   --json  print what the daemon said, for programs
 """,
     "load": """\
-usage: portway load NAME
+usage: portway load NAME [--config FILE]
 
 Loads a model and returns once it is there. Makes room as a request would: idle
 models go, one in use is waited for. It stays as long as its keep_alive says.
 """,
     "unload": """\
-usage: portway unload NAME
+usage: portway unload NAME [--config FILE]
 
 Unloads a model, unless a request uses it.
 """,
