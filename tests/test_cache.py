@@ -808,6 +808,20 @@ class Trouble(InFolder):
         )
         self.assertEqual((0, ""), (done.returncode, done.stderr))
 
+    def test_off_is_seen_by_a_cache_that_nobody_uses(self):
+        """What was stored must not come out of it hours later, only because nobody asked in between."""
+        self.enterContext(mock.patch.object(cache, "LOOK_EVERY", 0.02))
+        self.enterContext(mock.patch.object(cache, "RETRY_AFTER", 0.02))
+        made = self.a_cache()
+        self.fill(made, range(1))
+        with redirect_stdout(io.StringIO()):
+            cache_cli.main(["off"], self.path)
+            wait_for(lambda: made.is_off, "its being seen")
+            self.assertEqual([], self.found(made, 0))
+            cache_cli.main(["on"], self.path)
+        wait_for(lambda: not made.is_off, "its end")
+        self.assertEqual([0], self.found(made, 0))
+
     def test_a_folder_that_comes_later(self):
         """A path through a file can't be; once it can, the cache works by itself."""
         Path(self.folder, "deep").write_text("in the way", encoding="utf-8")

@@ -27,6 +27,7 @@ MAX_WAITING = 1000  # answers that may wait for the writer ...
 MAX_WAITING_BYTES = 32 * 1024 * 1024  # ... and their bytes; what comes on top is dropped and counted
 MAX_USED = 10_000  # keys whose use is remembered until the next write
 NOTES_DELAY = 5.0  # seconds after which uses and counts are written when no answer is
+LOOK_EVERY = 15.0  # seconds between two looks whether the file is still there and not turned off; `off` promises 30
 EXPIRE_EVERY = 600.0  # seconds
 EXPIRE_STEP = 0.05  # seconds between two steps of one expiry, so that it never hogs the processor
 RETRY_AFTER = 1.0  # seconds until a file that could not be used is tried again; doubled up to ...
@@ -142,6 +143,7 @@ class Cache:
         self._failures = 0  # in a row
         self._retry_at = 0.0
         self._expire_at = 0.0
+        self._look_at = 0.0
         self._writer = threading.Thread(target=self._run, name="portway-cache", daemon=True)
         self._writer.start()
 
@@ -314,11 +316,13 @@ class Cache:
             return self._retry_at
         if self._answers:
             return 0.0
-        return self._expire_at if self._notes_due is None else min(self._expire_at, self._notes_due)
+        due = min(self._expire_at, self._look_at)
+        return due if self._notes_due is None else min(due, self._notes_due)
 
     def _work(self) -> None:
         """One go at everything there is to do. After a failure all of it is there for the next one."""
         work = self._take()
+        self._look_at = time.monotonic() + LOOK_EVERY
         try:
             file = self._opened()
             rows = [row for key, waiting in work.answers.items() if (row := _row(key, waiting.entry()))]
