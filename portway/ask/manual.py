@@ -161,6 +161,10 @@ ENVIRONMENT
 FILES
     ${XDG_STATE_HOME:-~/.local/state}/portway/last-answer
         the last whole answer, for --last; only its owner may read it
+    ${XDG_DATA_HOME:-~/.local/share}/portway/log.jsonl
+        Portway's log: `portway stats` sums it up. How an ask ended is added if
+        Portway can't know: that it was not running, or why the answer would not
+        do. No text of questions or answers stands there
 
 EXAMPLES
     ask "what does SIGPIPE do?"

@@ -221,10 +221,12 @@ _SUMS = (
 
 @dataclass(slots=True)
 class Report:
-    """What a log, or a part of it, says. broken: lines that can't be read, and files that end too early."""
+    """What a log, or a part of it, says. broken: lines that can't be read, and files that end too early.
+    not_running: how often `ask` found no daemon."""
 
     models: dict[str, Figures] = field(default_factory=dict)
     broken: int = 0
+    not_running: int = 0
 
     def add(self, lines: Iterable[Mapping[str, Any]], since: str, model: str | None) -> None:
         """Count those lines that came `since` then, for `model`."""
@@ -232,8 +234,11 @@ class Report:
         for line in lines:
             try:
                 ts, name = line["ts"], line["model"] or NO_MODEL
-                if ts < since or (model is not None and name != model) or line["endpoint"] == "ask":
-                    continue  # the daemon has a line of its own for what `ask` asked
+                if ts < since or (model is not None and name != model):
+                    continue
+                if line["endpoint"] == "ask":  # beside the daemon's line, or where there was no daemon
+                    self.not_running += line["error"] == "not_running"
+                    continue
                 figures = models.get(name)
                 if figures is None:
                     figures = models[name] = Figures()
@@ -245,6 +250,7 @@ class Report:
     def merge(self, other: Report) -> None:
         """Add up with what has been counted elsewhere."""
         self.broken += other.broken
+        self.not_running += other.not_running
         for name, figures in other.models.items():
             self.models.setdefault(name, Figures()).merge(figures)
 
@@ -410,6 +416,7 @@ def as_json(report: Report, path: str, options: Options) -> dict[str, Any]:
         "log": path,
         "since": options.since or None,
         "broken_lines": report.broken,
+        "ask_found_no_daemon": report.not_running,
         "total": _numbers(report.total()),
         "models": {name: _numbers(figures) for name, figures in _ranked(report)},
         "without_model": report.models[NO_MODEL].requests if NO_MODEL in report.models else 0,
@@ -464,6 +471,8 @@ def as_table(report: Report, path: str, options: Options, *, bars: bool) -> list
         lines += ["", "Answers and first words in p50/p95/p99; tok/s is the median; saved is in US dollars."]
     if NO_MODEL in report.models and options.model is None:
         lines.append(f"{report.models[NO_MODEL].requests:,} more requests named no model.")
+    if report.not_running:
+        lines.append(f"{report.not_running:,} times `ask` found no Portway running.")
     if report.broken:
         lines.append(f"{report.broken:,} lines could not be read.")
     return lines
