@@ -189,6 +189,8 @@ class Answers:
             watch.phase = "answer"
             await use(stored)
             return
+        if control.only_if_cached:
+            search.missed()
         _refuse_if_only_cached(control)
         if control.no_cache:
             await search.of_target(watch, use)
@@ -207,26 +209,39 @@ class _Search:
         self._key = key
         self._oldest = call.model.cache if control.max_age is None else min(call.model.cache, control.max_age)
         self._puts = cache.puts  # as long as it stands still, what was a miss is one
+        self._deadline = time.monotonic() + call.model.timeouts.total  # also of one who waits, and then has to ask
 
-    def stored(self, *, again: bool = False) -> Found | None:
-        """The cache's answer. again: asked for the second time, so that it is not counted twice."""
-        entry = self._cache.get(self._key, self._call.model.name, self._oldest, count=not again)
-        return None if entry is None else _told_again(self._call, entry)
+    def stored(self) -> Found | None:
+        """The cache's answer, which counts as a hit; None is no miss as long as another's may come."""
+        entry = self._cache.get(self._key, self._call.model.name, self._oldest, count=False)
+        if entry is None:
+            return None
+        self._count(hit=True)
+        return _told_again(self._call, entry)
+
+    def missed(self) -> None:
+        """The cache did not help."""
+        self._count(hit=False)
+
+    def _count(self, *, hit: bool) -> None:
+        self._cache.count(self._key, self._call.model.name, hit=hit)
 
     async def with_others(self, flights: Flights[Shared], watch: Watch, use: Use) -> None:
         """Another's answer to the same request, or a target's that others may share."""
         # without fallback nobody may get a demoted answer from another's call
         place = flights.join(self._key if self._fallback else self._key + b"!")
         if not isinstance(place, Leader):
-            outcome = await place.wait(watch, time.monotonic() + self._call.model.timeouts.total)
+            outcome = await place.wait(watch, self._deadline)
             if not isinstance(outcome, Leader):
+                self._count(hit=isinstance(outcome, Landed))
                 watch.phase = "answer"
                 await use(_shared(self._call, outcome))
                 return
             place = outcome
         with place as leader:
-            found = self.stored(again=True) if self._cache.puts != self._puts else None
+            found = self.stored() if self._cache.puts != self._puts else None
             if found is None:
+                self.missed()
                 await self.of_target(leader.watch(watch), use, leader)
             else:  # somebody else's came between our look and our turn
                 leader.publish(_sharing(found, found.document))
@@ -236,7 +251,8 @@ class _Search:
     async def of_target(self, watch: Watch, use: Use, leader: Leader[Shared] | None = None) -> None:
         """A target's answer, which is kept if it is fit for that, and told to those who wait."""
         call = self._call
-        found = _of(call, await self._router.serve(call, watch, fallback=self._fallback), "MISS")
+        served = await self._router.serve(call, watch, fallback=self._fallback, deadline=self._deadline)
+        found = _of(call, served, "MISS")
         watch.phase = "answer"
         found.kept = [] if call.stream else None
         found.leader = leader

@@ -10,7 +10,7 @@ Watch whose waits block it never suspends, and `finish` runs it like a function.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Coroutine, Iterator, Mapping
+from collections.abc import Callable, Coroutine, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol, TypeVar
 
@@ -199,6 +199,11 @@ class Composed:
         """Further headers."""
         raise NotImplementedError
 
+    @property
+    def hosts(self) -> Sequence[str]:
+        """Where those who had a part in it run; empty if that is not known."""
+        raise NotImplementedError
+
 
 class Backend(Protocol):
     """One kind of server behind Portway."""
@@ -229,3 +234,10 @@ class Served:
     piece: Callable[[], Coroutine[Any, Any, bytes]] | None = None
     queued: float = 0.0
     whole: bytes | None = None
+
+    @property
+    def hosts(self) -> Sequence[str]:
+        """Where the answer was made: its backend's host, or those of all who had a part in it."""
+        if isinstance(self.answer, Composed):
+            return self.answer.hosts
+        return (self.model.backend.host,)

@@ -44,13 +44,14 @@ from portway.memory.residency import Residency
 from portway.metrics import CONTENT_TYPE, Metrics
 from portway.request import find_model, read_call
 from portway.routing import ChainExhausted, Cooling
-from portway.state import State, open_cache, open_log
-from portway.telemetry import Log, Price, Record
+from portway.state import State, adjust, left_for_the_start, open_cache, open_log
+from portway.telemetry import Log, Record
 from portway.vitals import Vitals
 from portway.watch import ClientWatch
 from portway.wire.events import DONE, dumps, loads_object, sse
 from portway.wire.http1 import (
     MAX_HEAD,
+    NO_HEAD,
     BadMessage,
     Heads,
     Incoming,
@@ -247,6 +248,7 @@ class Handler(BaseHTTPRequestHandler):
         self._leaving = False  # it was told why, and is given time to read that
         self._buffer = b""
         self._reading: Incoming | None = None
+        self._began = 0.0  # time.monotonic() when the request that is coming in began to
         self.task = Task(self.server.loop, moving=self._look_away, ended=self._ended)
         self.watch = ClientWatch(self.connection, self.read_ahead, self.task)
 
@@ -267,8 +269,10 @@ class Handler(BaseHTTPRequestHandler):
         try:
             if self._receive():
                 self._go_on()
-        except Exception as exc:  # noqa: BLE001 - see _failed
-            self._failed(exc)
+                if self._is_coming_in and time.monotonic() >= self.expires and not self.waiting:
+                    self.time_out()  # it drips: the next sweep would come too late
+        except Exception as exc:  # noqa: BLE001 - see _lost
+            self._lost(exc)
 
     def _stirred_meanwhile(self, events: int) -> None:
         """It is not idle: its request is under way."""
@@ -328,7 +332,7 @@ class Handler(BaseHTTPRequestHandler):
             if request is None:
                 return
             if self.server.is_full():
-                self.waiting = request
+                self.waiting, self._began = request, time.monotonic()
                 self.server.backlog.append(self)
                 return
             self.serve(request)
@@ -361,12 +365,14 @@ class Handler(BaseHTTPRequestHandler):
         """Take a step; an error that leaves it costs the connection, and no more."""
         try:
             step(*args)
-        except Exception as exc:  # noqa: BLE001 - see _failed
-            self._failed(exc)
+        except Exception as exc:  # noqa: BLE001 - see _lost
+            self._lost(exc)
 
-    def _failed(self, exc: Exception) -> None:
+    def _lost(self, exc: Exception) -> None:
         """The client's end, and there is nobody to tell; or a bug of ours, which must not cost the loop."""
-        if not isinstance(exc, OSError | ClientGone):
+        if isinstance(exc, OSError | ClientGone):
+            self._never_came_in()
+        else:
             self.server.daemon.unforeseen(exc)
         self.close()
 
@@ -411,13 +417,38 @@ class Handler(BaseHTTPRequestHandler):
 
     def time_out(self) -> None:
         """Close; with a 408 if it took too long in the middle of a request."""
-        if self.keep_alive and (self._buffer or self._reading):
-            error = ClientError("The request did not come in in time.", status=408, code="request_timeout")
+        self.break_off(ClientError("The request did not come in in time.", status=408, code="request_timeout"))
+
+    def break_off(self, error: PortwayError) -> None:
+        """Close; with `error` if a request was coming in."""
+        if self.keep_alive and self._is_coming_in:
             try:
-                self.connection.send(_plain_head(408) + dumps(error.envelope()))
+                self.connection.send(_plain_head(error.status) + dumps(error.envelope()))
             except OSError:
                 pass  # it does not read either
+            self._never_came_in(error)
         self.close()
+
+    @property
+    def _is_coming_in(self) -> bool:
+        """Whether there is a part of a request, or one that waits for its turn."""
+        return not (self.task.busy or self._leaving) and bool(self._buffer or self._reading or self.waiting)
+
+    def _never_came_in(self, error: PortwayError | None = None) -> None:
+        """The log's line of a request of which not all came, or whose turn did not: `error` says why, None = its
+        client left."""
+        if not self._is_coming_in:
+            return
+        coming = self.waiting or self._reading
+        self.head = coming.head if coming else NO_HEAD
+        now = time.monotonic()
+        self._record = Record(time.time() - (now - self._began), self._began, _client(self.head), self.head.path)
+        if error is None:
+            self._client_left("waiting" if self.waiting else "request")
+        else:
+            self._record.status = error.status
+            self._failed(error)
+        self._write_down(None)
 
     def _next(self) -> Request | None:
         """The next request with its body; None if it is not all in yet."""
@@ -455,7 +486,8 @@ class Handler(BaseHTTPRequestHandler):
         config = daemon.state.config.server
         if envelope is None or envelope.head.chunked or len(buffer) < rest or (length or 0) > config.max_body:
             self._buffer = buffer[end + 4 :]
-            self.expires = time.monotonic() + config.body_timeout
+            self._began = time.monotonic()
+            self.expires = self._began + config.body_timeout
             self._reading = self._admitted(buffer[:end], config.max_body)
             return None
         self._buffer = buffer[rest:]
@@ -468,7 +500,7 @@ class Handler(BaseHTTPRequestHandler):
         elif not self._buffer:
             self.expires = now + config.idle_timeout
         elif self.expires > now + config.header_timeout:
-            self.expires = now + config.header_timeout
+            self.expires, self._began = now + config.header_timeout, now
 
     def _admitted(self, head: bytes, max_body: int) -> Incoming:
         """Check the head before the body is read."""
@@ -508,7 +540,7 @@ class Handler(BaseHTTPRequestHandler):
         except Exception as exc:  # noqa: BLE001 - the last resort: logged with its id, never shown
             await self._fail(self.server.daemon.unforeseen(exc))
         finally:
-            self._write_down()
+            self._write_down(self.watch.waited)
         self._leaving = request.poisoned
 
     def _client_left(self, phase: str) -> None:
@@ -516,9 +548,9 @@ class Handler(BaseHTTPRequestHandler):
         self._record.exit_code = 130 if _is_ask(self.head) else None
         self.keep_alive = False
 
-    def _write_down(self) -> None:
+    def _write_down(self, waited: float | None) -> None:
         """The request's line in the log. Whoever only asks how we are, again and again, is not worth one."""
-        self._record.finish(time.monotonic(), self.watch.waited)
+        self._record.finish(time.monotonic(), waited)
         if self._record.status == 200 and self.head.path.endswith(_UNLOGGED):
             return
         daemon = self.server.daemon
@@ -659,9 +691,7 @@ class Handler(BaseHTTPRequestHandler):
 
     async def _fail(self, error: PortwayError) -> None:
         """The error as the rest of a begun stream, else as an answer of its own."""
-        self._record.failed(error)
-        if _is_ask(self.head):
-            self._record.exit_code = self._exit_code_of_ask(error)
+        self._failed(error)
         try:
             if self._stream and self._stream.started:
                 await self._stream.fail(error)
@@ -674,6 +704,11 @@ class Handler(BaseHTTPRequestHandler):
             await self.respond(error.status, fields_of(headers), body)
         except (OSError, ClientGone, Stopping):
             self.keep_alive = False
+
+    def _failed(self, error: PortwayError) -> None:
+        self._record.failed(error)
+        if _is_ask(self.head):
+            self._record.exit_code = self._exit_code_of_ask(error)
 
     def _exit_code_of_ask(self, error: PortwayError) -> int:
         """What `ask` will make of this error, by the rules in its manual, for the log."""
@@ -759,6 +794,8 @@ class Server(ThreadingHTTPServer):
         """Close the listener and every connection that is left. After shutdown()."""
         self.socket.close()
         for handler in list(self._open):
+            if handler.is_idle or handler.waiting:
+                handler.break_off(Stopping())
             handler.connection.close()
         self.loop.close()
 
@@ -780,6 +817,11 @@ class Server(ThreadingHTTPServer):
         self._open.discard(handler)
         if self._deaf:
             self._listen_again()
+
+    @property
+    def queued(self) -> int:
+        """How many requests wait for their turn, or for a worker. Any thread."""
+        return len(self.backlog) + self.workers.waiting
 
     @property
     def connections(self) -> int:
@@ -837,7 +879,7 @@ class Server(ThreadingHTTPServer):
         idle = (handler for handler in self._open if handler.is_idle)
         victims = sorted(idle, key=lambda handler: handler.expires)[:count]
         for handler in victims:
-            handler.close()
+            handler.time_out()
         return bool(victims)
 
 
@@ -910,8 +952,9 @@ class Daemon:
         self.residency.adopt(config)
         old, self.state = self.state, self._build(config)
         self.heads = self._fresh_heads()
-        if self.log:
-            self.log.price = Price(config.price.input, config.price.output)
+        adjust(config, self.log, self.cache)
+        if waiting := left_for_the_start(old.config, config):
+            self._say(f"{', '.join(waiting)}: taken over at the next start, not before")
         self._problem = None
         self.metrics.use(config.models)
         old.close()

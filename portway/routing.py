@@ -55,13 +55,14 @@ class Router:
         self._complete = complete
         self._place = place
 
-    async def serve(self, call: Call, watch: Watch, *, fallback: bool = True) -> Served:
+    async def serve(self, call: Call, watch: Watch, *, fallback: bool = True, deadline: float | None = None) -> Served:
         """The first target of the chain that begins to answer (a stream) or answers (else).
 
+        deadline: time.monotonic() of the request's end; None = timeouts.total from now.
         Raises ChainExhausted, ClientGone, or ClientError where the call itself is at fault.
         """
         call.fallback = fallback
-        course = _Course(call, self._chain(call, fallback))
+        course = _Course(call, self._chain(call, fallback), deadline)
         cooling: list[Model] = []
         for target in course.targets():
             left = self._cooling.claim(target, course)
@@ -179,7 +180,7 @@ class ChainExhausted(PortwayError):
 class _Course:
     """What was tried, what is still open, and how long it may take."""
 
-    def __init__(self, call: Call, chain: list[Model]) -> None:
+    def __init__(self, call: Call, chain: list[Model], deadline: float | None) -> None:
         self.call = call
         self.attempts: list[Attempt] = []
         self.tried = False
@@ -188,7 +189,7 @@ class _Course:
         self._decisive: BackendError | None = None  # what the client is told: its status and code
         self._chain = chain
         self._left = len(chain)
-        self._deadline = time.monotonic() + call.model.timeouts.total
+        self._deadline = time.monotonic() + call.model.timeouts.total if deadline is None else deadline
         self._blocks: list[Callable[[Model], BackendError | None]] = []  # each says why a target is out
         self._over = False
 

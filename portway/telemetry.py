@@ -80,10 +80,11 @@ class Record:
 
     ts: time.time() when it came. started, first, ended: time.monotonic() when it came, when its first
     content was sent, when it was over. waited: seconds spent waiting for others, None = not measured.
-    cache_hit: None = the cache was not asked. error: a code, never a message. cancelled_in: the phase
-    (call.PHASES) in which the client left. host: the backend's. exit_code: None = made from the status.
-    body: the request as parsed, for its prompt's hash and size. document: an answer out of the cache, whose
-    sizes the writer takes from it. size: bytes of both.
+    cache_hit: None = the cache was not asked. error: a code, never a message. cancelled_in: what the client
+    left in: a phase (call.PHASES), "request" if it had not sent all of it, "stalled" if it did not read.
+    host: the backend's, of several one that is not local; "" = not known. exit_code: None = made from the
+    status. body: the request as parsed, for its prompt's hash and size. document: an answer out of the cache,
+    whose sizes the writer takes from it. size: bytes of both.
     """
 
     ts: float
@@ -128,7 +129,8 @@ class Record:
         """A target has answered, or has begun to; `first` as above."""
         tally = served.answer.tally
         self.served_by = served.model.name
-        self.host = served.model.backend.host
+        hosts = served.hosts
+        self.host = next((each for each in hosts if not is_local(each)), hosts[0]) if hosts else ""
         self.attempts = served.attempts
         self.first = first
         self.queue_s = served.queued
@@ -185,12 +187,15 @@ class Record:
 
     @property
     def outcome(self) -> int:
+        """What stands in the log as exit_code."""
+        return self.failure if self.exit_code is None else self.exit_code
+
+    @property
+    def failure(self) -> int:
         """0 = answered, else the class of the status: 4 = the request or its client, 5 = the servers.
 
         A stream that has begun keeps its 200, whatever then becomes of it.
         """
-        if self.exit_code is not None:
-            return self.exit_code
         if self.cancelled_in:
             return 4
         if self.status >= 400:
@@ -292,7 +297,7 @@ def _saved(record: Record, price: Price) -> float | None:
     """What the answer would have cost elsewhere; nothing if it came from elsewhere, or not at all."""
     if record.prompt_tokens is None and record.completion_tokens is None:
         return None
-    if record.outcome or not (record.cache_hit or is_local(record.host)):
+    if record.failure or not (record.cache_hit or (record.host and is_local(record.host))):
         return 0.0
     return price.of(record.prompt_tokens or 0, record.completion_tokens or 0)
 
@@ -390,6 +395,10 @@ class Log:
     def problem(self) -> str | None:
         """Why the file can't be written now, in words; None = it can, as far as is known."""
         return self._problem
+
+    def limit(self, max_bytes: int, keep: int) -> None:
+        """Rotate by other numbers from the next write on: see LogFile."""
+        self._file.max_bytes, self._file.keep = max_bytes, keep  # two numbers, which the writer only reads
 
     def record(self, record: Record) -> None:
         """Take a finished record. Never waits for the file and never fails for its sake."""
@@ -510,8 +519,8 @@ class LogFile:
     ) -> None:
         self.path = path
         self.trouble: OSError | None = None
-        self._max_bytes = max_bytes
-        self._keep = keep
+        self.max_bytes = max_bytes
+        self.keep = keep
         self._write = write
         self._file: int | None = None
 
@@ -565,7 +574,7 @@ class LogFile:
             self.trouble = exc
 
     def _is_full(self, size: int, room: int) -> bool:
-        return size > 0 and size + room > self._max_bytes
+        return size > 0 and size + room > self.max_bytes
 
     def _rotate(self, room: int) -> None:
         lock = _open_private(f"{self.path}.lock", os.O_RDWR | os.O_CREAT)
@@ -581,9 +590,9 @@ class LogFile:
         with self._held() as file:
             if not self._is_full(os.fstat(file).st_size, room):
                 return  # somebody else was quicker
-            _shift(self.path, self._keep)
+            _shift(self.path, self.keep)
         self.close()
-        if self._keep:
+        if self.keep:
             _compress(f"{self.path}.1")
 
 

@@ -71,6 +71,10 @@ class Daemon(_Running):
     def __exit__(self, *_: object) -> None:
         self._daemon.stop(drain=1.0)
 
+    def stop(self) -> None:
+        """End it before the end of its block."""
+        self._daemon.stop(drain=1.0)
+
     def use(self, toml: str) -> None:
         """Reload with this configuration."""
         self._daemon.use(config.parse(_without_memory(toml), "models.toml", {}))

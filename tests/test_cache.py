@@ -30,6 +30,7 @@ from portway.call import Attempt, Call, Served, Tally
 from portway.commands import cache as cache_cli
 from portway.config import Backend, Model
 from portway.wire.events import SSEReader, WireError
+from tests.llama_server import wait_for
 
 PATIENCE = 20.0  # seconds; no wait may take longer
 ROOT = str(Path(__file__).resolve().parent.parent)
@@ -594,6 +595,24 @@ class Bounds(InFolder):
                 (left,) = db.execute("SELECT count(*) FROM answers").fetchone()
         self.assertEqual([0], self.found(made, 0, 1000))
 
+    def test_the_bounds_may_change(self):
+        """A smaller size counts from the next write on, a shorter lifetime at once."""
+        made = self.a_cache()
+        self.fill(made, range(300), os.urandom(2000).hex())
+        made.limit(200_000, 3600)
+        self.fill(made, range(300, 301))
+        stats = made.stats()
+        assert stats is not None
+        self.assertLess(stats.entries, 100)
+        self.assertEqual([300], self.found(made, 300))
+        with closing(CacheFile(self.path, 5)) as file:
+            file.write([Row(key_of(1000), "fast-9b", time.time() - 90, "", b"{}")])
+        made.limit(200_000, 60)
+        with closing(sqlite3.connect(self.path)) as db:
+            query = "SELECT count(*) FROM answers WHERE key = ?"
+            wait_for(lambda: not db.execute(query, (key_of(1000),)).fetchone()[0], "its being deleted")
+        self.assertEqual([300], self.found(made, 300))
+
     def test_the_queue_is_bounded(self):
         """What comes while the writer is far behind is dropped and counted; nobody waits."""
         self.enterContext(mock.patch.object(cache, "WRITE_PATIENCE", 0.01))
@@ -840,6 +859,20 @@ class Trouble(InFolder):
         )
         self.assertEqual((0, ""), (done.returncode, done.stderr))
 
+    def test_off_is_seen_by_a_cache_that_nobody_uses(self):
+        """What was stored must not come out of it hours later, only because nobody asked in between."""
+        self.enterContext(mock.patch.object(cache, "LOOK_EVERY", 0.02))
+        self.enterContext(mock.patch.object(cache, "RETRY_AFTER", 0.02))
+        made = self.a_cache()
+        self.fill(made, range(1))
+        with redirect_stdout(io.StringIO()):
+            cache_cli.main(["off"], self.path)
+            wait_for(lambda: made.is_off, "its being seen")
+            self.assertEqual([], self.found(made, 0))
+            cache_cli.main(["on"], self.path)
+        wait_for(lambda: not made.is_off, "its end")
+        self.assertEqual([0], self.found(made, 0))
+
     def test_a_folder_that_comes_later(self):
         """A path through a file can't be; once it can, the cache works by itself."""
         Path(self.folder, "deep").write_text("in the way", encoding="utf-8")
@@ -1000,6 +1033,68 @@ class Files(InFolder):
         """Each says what is wrong with the file."""
         self.assertEqual("is odd", cache_file.describe(Unusable("is odd")))
         self.assertIn("No space", cache_file.describe(OSError(28, "No space left on device")))
+
+    def test_a_file_of_an_older_version_is_brought_up_to_date(self):
+        """Each step that it lacks is taken once, in order, and its answers stay; by whoever opens it first."""
+        with closing(CacheFile(self.path, 5)) as file:
+            file.write([Row(key_of(1), "m", 1.0, "w", b"x")])
+        taken: list[str] = []
+
+        def m002_more(db: sqlite3.Connection) -> None:
+            db.execute("ALTER TABLE answers ADD COLUMN more TEXT NOT NULL DEFAULT ''")
+            taken.append("m002")
+
+        def m003_yet_more(db: sqlite3.Connection) -> None:
+            db.execute("CREATE TABLE more (id INTEGER PRIMARY KEY)")
+            taken.append("m003")
+
+        steps = (*cache_file.MIGRATIONS, m002_more, m003_yet_more)
+        with mock.patch.object(cache_file, "MIGRATIONS", steps):
+            for _ in range(2):
+                CacheFile(self.path, 5).close()
+            self.assertEqual(["m002", "m003"], taken)
+            with closing(cache_file.Readers(self.path)) as readers:
+                self.assertEqual(("m", 1.0, "w", b"x"), readers.find(key_of(1)))
+        with self.assertRaisesRegex(Unusable, "format 3; this one knows 1"):
+            CacheFile(self.path, 5)
+
+    def test_a_step_that_fails_changes_nothing(self):
+        """All of them are one transaction: the file stays what it was, and what it was can be used."""
+
+        def m002_half(db: sqlite3.Connection) -> None:
+            db.execute("CREATE TABLE half (a)")
+
+        def m003_broken(db: sqlite3.Connection) -> None:
+            db.execute("CREATE TABLE half (a)")
+
+        CacheFile(self.path, 5).close()
+        steps = (*cache_file.MIGRATIONS, m002_half, m003_broken)
+        with mock.patch.object(cache_file, "MIGRATIONS", steps), self.assertRaises(sqlite3.OperationalError):
+            CacheFile(self.path, 5)
+        with closing(CacheFile(self.path, 5)) as file:
+            file.write([Row(key_of(1), "m", 1.0, "", b"x")])
+            self.assertEqual(1, file.stats().entries)
+
+    def test_many_open_a_new_file_at_once(self):
+        """One of them makes the tables, and all can write."""
+        go, failed = threading.Barrier(8), []
+
+        def write(number: int) -> None:
+            try:
+                go.wait(PATIENCE)
+                with closing(CacheFile(self.path, PATIENCE)) as file:
+                    file.write([Row(key_of(number), "m", 1.0, "", b"x")])
+            except Exception as exc:  # noqa: BLE001 - whatever it is, it is shown
+                failed.append(exc)
+
+        threads = [threading.Thread(target=write, args=(number,)) for number in range(8)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(PATIENCE)
+        self.assertEqual([], failed)
+        with closing(CacheFile(self.path, 5)) as file:
+            self.assertEqual(8, file.stats().entries)
 
     def test_migrations_are_numbered(self):
         """m001, m002, ...: a file's user_version counts them."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import importlib
 import io
+import os
 import re
 import subprocess
 import sys
@@ -247,6 +248,42 @@ class OtherCommandsTest(CliTest):
         """Ctrl-C ends a command without a traceback."""
         self.record("commands.demo", "main").side_effect = KeyboardInterrupt
         self.assertEqual((130, "", ""), run("demo"))
+
+
+class OwnWordsTest(unittest.TestCase):
+    """`stats`, `cache`, `ps`, .. read their words themselves, but for --config."""
+
+    def setUp(self) -> None:
+        self.folder = self.enterContext(tempfile.TemporaryDirectory())
+        self.path = os.path.join(self.folder, "models.toml")
+        more = f'[log]\nfile = "{self.folder}/a.jsonl"\n[cache]\nfile = "{self.folder}/a.sqlite3"\n'
+        Path(self.path).write_text(f"{VALID}\n{more}\n[server]\nport = 2\n", encoding="utf-8")
+
+    def test_they_read_the_named_configuration(self) -> None:
+        """Wherever it stands among their words."""
+        self.assertIn("a.jsonl", run("stats", f"--config={self.path}").out)
+        self.assertIn("a.jsonl", run("stats", "--config", self.path, "--json").out)
+        self.assertIn("a.sqlite3", run("cache", "--config", self.path).out)
+        self.assertEqual((0, "0 entries deleted\n", ""), run("cache", "purge", "--config", self.path, "--model=x"))
+        done = run("ps", "--json", "--config", self.path)
+        self.assertEqual((3, ""), (done.status, done.out))
+        self.assertIn("127.0.0.1:2 ", done.err)
+        self.assertEqual(2, run("stats", "--config").status)
+
+    def test_the_environments_configuration(self) -> None:
+        """Without the option $PORTWAY_CONFIG says it, as for `serve`."""
+        with mock.patch.dict(os.environ, {"PORTWAY_CONFIG": self.path}):
+            self.assertIn("a.jsonl", run("stats").out)
+            self.assertIn("a.sqlite3", run("cache").out)
+
+    def test_a_broken_configuration(self) -> None:
+        """It is 78, but help is still given."""
+        Path(self.path).write_text("[models", encoding="utf-8")
+        for command in ("stats", "cache", "ps", "models", "load", "unload"):
+            self.assertEqual(78, run(command, "--config", self.path).status)
+            done = run(command, "--config", self.path, "--help")
+            self.assertEqual((0, ""), (done.status, done.err))
+            self.assertIn("--config FILE", done.out)
 
 
 class ProcessTest(unittest.TestCase):

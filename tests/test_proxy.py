@@ -2,12 +2,16 @@
 
 import contextlib
 import json
+import os
 import select
 import socket
+import tempfile
 import unittest
+from contextlib import ExitStack, closing
 from pathlib import Path
 
 from portway import config, proxy
+from portway.cache.store import Cache
 from portway.standin.server import StandIn
 from portway.telemetry import Log
 from tests.daemon import Daemon, DaemonProcess
@@ -467,6 +471,29 @@ class ReloadTest(unittest.TestCase):
             daemon.send(signal.SIGHUP)
             wait_for(lambda: client.call("GET", "/v1/models/fast").status == 200, "SIGHUP", lambda: daemon.log)
             self.assertIsNone(client.call("GET", "/health").json["config"]["problem"])
+
+    def test_what_only_a_start_changes_is_said(self):
+        """The bounds of log and cache are taken over; which files they are is not, and that is told."""
+        with ExitStack() as stack:
+            folder = stack.enter_context(tempfile.TemporaryDirectory())
+            standin = stack.enter_context(StandIn())
+            log = Log(f"{folder}/log.jsonl")
+            stack.callback(log.close, 5.0)
+            cache = stack.enter_context(closing(Cache(f"{folder}/cache.sqlite3")))
+            daemon = stack.enter_context(Daemon(toml(standin.url), log=log, cache=cache))
+            client = stack.enter_context(daemon.client())
+            bounds = '[log]\nmax_size = "64KB"\nkeep = 1\n[cache]\nmax_size = "1MB"\n'
+            daemon.use(bounds + toml(standin.url))
+            self.assertFalse([line for line in daemon.log if "next start" in line])
+            for _ in range(1000):
+                client.call("GET", "/v1/nothing")
+            wait_for(lambda: os.path.exists(f"{folder}/log.jsonl.1.gz"), "the log's rotation")
+            other = bounds.replace("[cache]", f'file = "{folder}/other"\n[cache]\nenabled = false')
+            daemon.use(other + toml(standin.url, "max_requests = 3"))
+            (told,) = [line for line in daemon.log if "next start" in line]
+            self.assertEqual(
+                "server.max_requests, log.file, cache.enabled: taken over at the next start, not before", told
+            )
 
     def test_requests_in_flight_end_on_the_old_one(self):
         """A stream that began before a reload ends as it began."""

@@ -203,6 +203,7 @@ class Lines(unittest.TestCase):
             (0.45, {"host": "127.0.0.1"}),
             (0.45, {"host": "api.openai.com", "cache_hit": True}),
             (0.0, {"host": "api.openai.com"}),
+            (0.0, {"host": ""}),
             (0.0, {"host": "127.0.0.1", "status": 502}),
         ):
             with self.subTest(fields=fields):
@@ -228,7 +229,9 @@ class Lines(unittest.TestCase):
             load_s=1.0, decode_s=2.0, prompt_tokens=3, completion_tokens=4, content_chars=5, truncated=True
         )
         model = SimpleNamespace(name="fast-1b", backend=SimpleNamespace(host="127.0.0.1"))
-        served: Any = SimpleNamespace(model=model, answer=SimpleNamespace(tally=tally), attempts=[], queued=0.5)
+        served: Any = SimpleNamespace(
+            model=model, answer=SimpleNamespace(tally=tally), attempts=[], queued=0.5, hosts=("127.0.0.1",)
+        )
         call: Any = SimpleNamespace(
             model=SimpleNamespace(name="fast-9b"), endpoint="chat", id="chatcmpl-1", stream=True, body={}, raw=b"{}"
         )

@@ -27,6 +27,7 @@ MAX_WAITING = 1000  # answers that may wait for the writer ...
 MAX_WAITING_BYTES = 32 * 1024 * 1024  # ... and their bytes; what comes on top is dropped and counted
 MAX_USED = 10_000  # keys whose use is remembered until the next write
 NOTES_DELAY = 5.0  # seconds after which uses and counts are written when no answer is
+LOOK_EVERY = 15.0  # seconds between two looks whether the file is still there and not turned off; `off` promises 30
 EXPIRE_EVERY = 600.0  # seconds
 EXPIRE_STEP = 0.05  # seconds between two steps of one expiry, so that it never hogs the processor
 RETRY_AFTER = 1.0  # seconds until a file that could not be used is tried again; doubled up to ...
@@ -142,6 +143,7 @@ class Cache:
         self._failures = 0  # in a row
         self._retry_at = 0.0
         self._expire_at = 0.0
+        self._look_at = 0.0
         self._writer = threading.Thread(target=self._run, name="portway-cache", daemon=True)
         self._writer.start()
 
@@ -167,17 +169,41 @@ class Cache:
         """How many answers were not stored because the writer was too far behind."""
         return self._dropped
 
+    def limit(self, max_size: int, lifetime: float) -> None:
+        """Go by other bounds from the next write on."""
+        with self._changed:
+            self._max_size, self._lifetime = max_size, lifetime
+            self._expire_at = 0.0
+            self._changed.notify_all()
+
     def get(self, key: bytes, model: str, max_age: float | None = None, *, count: bool = True) -> Entry | None:
         """The entry, if there is one that is no older than max_age seconds (None = any age).
 
-        model: the logical name that was asked for, under which the look-up is counted.
+        model: the logical name that was asked for, under which the look-up is counted. count: False = the
+        caller does that.
         """
         entry = self._waiting_entry(key) or self._stored_entry(key)
         if entry is not None and max_age is not None and entry.age() > max_age:
             entry = None
         if count:
-            self._note(key, model, entry is not None)
+            self.count(key, model, hit=entry is not None)
         return entry
+
+    def count(self, key: bytes, model: str, *, hit: bool) -> None:
+        """Count a look-up, as `get` does it by itself: for who learns only later whether it was a hit."""
+        with self._changed:
+            if self._readers is None:
+                return
+            counts = self._counts.get(model) or self._counts.setdefault(model, Counts())
+            if hit:
+                counts.hits += 1
+                if len(self._used) < MAX_USED:
+                    self._used[key] = time.time()
+            else:
+                counts.misses += 1
+            if self._notes_due is None:
+                self._notes_due = time.monotonic() + NOTES_DELAY
+                self._changed.notify_all()
 
     def put(self, key: bytes, make: MakeDocument, *, model: str, size: int, warning: str = "") -> None:
         """Hand an answer in: `get` finds it at once, the file has it soon after.
@@ -226,21 +252,6 @@ class Cache:
                 self._notes_due = time.monotonic()
                 self._changed.notify_all()
         readers.close()
-
-    def _note(self, key: bytes, model: str, hit: bool) -> None:
-        with self._changed:
-            if self._readers is None:
-                return
-            counts = self._counts.get(model) or self._counts.setdefault(model, Counts())
-            if hit:
-                counts.hits += 1
-                if len(self._used) < MAX_USED:
-                    self._used[key] = time.time()
-            else:
-                counts.misses += 1
-            if self._notes_due is None:
-                self._notes_due = time.monotonic() + NOTES_DELAY
-                self._changed.notify_all()
 
     # for the commands, the tests and the end
 
@@ -305,11 +316,13 @@ class Cache:
             return self._retry_at
         if self._answers:
             return 0.0
-        return self._expire_at if self._notes_due is None else min(self._expire_at, self._notes_due)
+        due = min(self._expire_at, self._look_at)
+        return due if self._notes_due is None else min(due, self._notes_due)
 
     def _work(self) -> None:
         """One go at everything there is to do. After a failure all of it is there for the next one."""
         work = self._take()
+        self._look_at = time.monotonic() + LOOK_EVERY
         try:
             file = self._opened()
             rows = [row for key, waiting in work.answers.items() if (row := _row(key, waiting.entry()))]

@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 import re
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
@@ -142,6 +142,7 @@ class Step:
     started: float = 0.0  # time.monotonic()
     seconds: float = 0.0
     served_by: str = ""
+    hosts: Sequence[str] = ()
     error: PortwayError | None = None
     warnings: list[str] = field(default_factory=list)
     tally: Tally = field(default_factory=Tally)
@@ -197,6 +198,11 @@ class CascadeAnswer(Composed):
         """The steps, if there was more than one."""
         steps = self._taken
         return {"X-Portway-Attempts": "; ".join(str(step.attempt) for step in steps)} if len(steps) > 1 else {}
+
+    @property
+    def hosts(self) -> Sequence[str]:
+        """Of every member that answered, whether its answer did or not."""
+        return [host for step in self._taken for host in step.hosts]
 
     # Answer's methods
 
@@ -287,7 +293,7 @@ class CascadeAnswer(Composed):
         served = finish(self._router.serve(call, self._watch, fallback=call.fallback))
         self._open = (step, served)
         step.reason, step.served_by, step.seconds = "ok", served.model.name, time.monotonic() - step.started
-        step.warnings, step.tally = served.answer.warnings, served.answer.tally
+        step.warnings, step.tally, step.hosts = served.answer.warnings, served.answer.tally, served.hosts
         return served
 
     def _failed(self, step: Step, error: PortwayError) -> PanelFailed:

@@ -153,6 +153,7 @@ class Seat:
     model: Model
     body: dict[str, Any]
     served_by: str = ""
+    hosts: Sequence[str] = ()  # where it was answered
     tokens: int = 0  # as far as they came; each chunk is one, which the backend's own count corrects
     text: str = ""
     seconds: float = 0.0
@@ -325,7 +326,7 @@ class Meeting:
         finally:
             finish(served.answer.close())
             seat.text = without_thinking("".join(words))
-            seat.warnings = served.answer.warnings
+            seat.warnings, seat.hosts = served.answer.warnings, served.hosts
         if not seat.text:
             raise BackendError("empty_answer", "the answer has no text")
         seat.status = "cut" if seat.tally.finish_reason == "length" else "ok"
@@ -430,6 +431,11 @@ class CouncilAnswer(Composed):
     def headers(self) -> Mapping[str, str]:
         """X-Council, once it is known how the members fared."""
         return {"X-Council": self._verdict()} if self._meeting.is_over else {}
+
+    @property
+    def hosts(self) -> Sequence[str]:
+        """Of the members and the chairman."""
+        return [host for seat in (*self._seats, self._chair) for host in seat.hosts]
 
     def _verdict(self) -> str:
         """X-Council: "ok" if everyone answered in full, and as itself."""
@@ -564,7 +570,7 @@ class CouncilAnswer(Composed):
             chair.error, chair.status = error, error.code or error.type
         else:
             chair.served_by, chair.tally, chair.status = served.model.name, served.answer.tally, "ok"
-            chair.warnings = served.answer.warnings
+            chair.warnings, chair.hosts = served.answer.warnings, served.hosts
         chair.over = True
         return self._served
 

@@ -59,6 +59,9 @@ class RequestHead(NamedTuple):
     keep_alive: bool
 
 
+NO_HEAD = RequestHead("GET", "", "", 1, {}, None, False, False)  # of a request whose own can't be read
+
+
 class ResponseHead(NamedTuple):
     """An answer's head. `length` None without `chunked` means: until the connection closes."""
 
@@ -358,7 +361,7 @@ class Incoming:
     @classmethod
     def broken(cls, problem: BadMessage) -> Incoming:
         """A request whose head could not be read."""
-        incoming = cls(RequestHead("GET", "", "", 1, {}, None, False, False), 0)
+        incoming = cls(NO_HEAD, 0)
         incoming.refuse(as_client_error(problem))
         incoming.poisoned = True
         return incoming
