@@ -344,20 +344,13 @@ def _listen_elsewhere(config: Config, host: str | None, port: int | None) -> Con
     """`config` with the address of the command line, under the rule that the file is under."""
     from dataclasses import replace
 
-    if host is not None and not config.server.api_keys and not _is_loopback(host):
+    from portway.config import is_loopback
+
+    if host is not None and not config.server.api_keys and not is_loopback(host.lower()):
         raise _UsageError(f"--host {host}: other machines can reach it, and server.api_keys is empty")
     server = config.server
     server = replace(server, host=server.host if host is None else host, port=server.port if port is None else port)
     return replace(config, server=server)
-
-
-def _is_loopback(host: str) -> bool:
-    import ipaddress
-
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"
 
 
 # --- The options -----------------------------------------------------------------------------

@@ -574,7 +574,7 @@ def _check_any(reader: fields.Reader, document: _Values) -> None:
 def _check_server(reader: fields.Reader, server: _Values, document: _Values) -> None:
     host = server.get("host", Server().host)
     section = document.get("server", {})
-    if _is_loopback(host) or (isinstance(section, dict) and section.get("api_keys")):
+    if is_loopback(host) or (isinstance(section, dict) and section.get("api_keys")):
         return
     reader.refuse(
         "server.host",
@@ -583,7 +583,8 @@ def _check_server(reader: fields.Reader, server: _Values, document: _Values) -> 
     )
 
 
-def _is_loopback(host: str) -> bool:
+def is_loopback(host: str) -> bool:
+    """Whether only this machine can reach what listens there."""
     return host in ("localhost", "::1") or re.fullmatch(r"127(\.[0-9]{1,3}){3}", host) is not None
 
 
@@ -591,7 +592,7 @@ def _check_loop(reader: fields.Reader, server: _Values, backends: _Values) -> No
     own_host, own_port = server.get("host", Server().host), server.get("port", Server().port)
     for name, backend in backends.items():
         url = backend.get("url")
-        if url is not None and url.port == own_port and (_is_loopback(url.host) or url.host == own_host):
+        if url is not None and url.port == own_port and (is_loopback(url.host) or url.host == own_host):
             key = f"{fields.dotted('backends', name)}.url"
             reader.refuse(key, f"{fields.shown(url.text)} is where Portway itself listens", "another server")
 

@@ -9,6 +9,7 @@ anything else is looked at.
 from __future__ import annotations
 
 import hmac
+import re
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
@@ -60,21 +61,20 @@ class Guards:
 
     def _is_own_host(self, host: str) -> bool:
         """Whether no name server could have led a browser here by this name."""
-        name, port = _split_port(host.lower())
-        if port and not (port[0] == ":" and port[1:].isdigit()):
+        found = _HOST.fullmatch(host.lower())
+        if found is None:
             return False
+        name = found[1].strip("[]")
         if name in _LOOPBACK or name.endswith(".localhost") or name in self._hosts:
             return True
         return _is_address(name) and (self._anywhere or name.startswith("127."))
 
     def _cors(self, headers: Mapping[str, str]) -> dict[str, str]:
         origin = headers.get("origin")
-        if origin is None:
-            if headers.get("sec-fetch-site", "none") in ("none", "same-origin"):
-                return {}
-        elif origin in self._origins:
+        if origin in self._origins:
             return {"Access-Control-Allow-Origin": origin, "Vary": "Origin", "Access-Control-Expose-Headers": "*"}
-        elif origin.lower() == f"http://{headers.get('host', '')}".lower():
+        is_own = origin is None or origin.lower() == f"http://{headers.get('host', '')}".lower()
+        if is_own and headers.get("sec-fetch-site", "none") in ("none", "same-origin"):
             return {}
         raise ClientError(
             f"Web pages of {(origin or 'another site')[:128]!r} may not call this server; "
@@ -87,18 +87,15 @@ class Guards:
 _LOOPBACK = ("localhost", "127.0.0.1", "::1")
 
 
-def _split_port(host: str) -> tuple[str, str]:
-    """(name or address without brackets, what stands behind it: "" or ":" and a port)."""
-    if host.startswith("["):
-        address, bracket, rest = host[1:].partition("]")
-        return address if ":" in address and bracket else "", rest
-    name, colon, port = host.partition(":")
-    return name, colon + port
+# a name or an address, an IPv6 one in brackets, and maybe a port
+_HOST = re.compile(r"([a-z0-9._-]+|\[[0-9a-f:.]+\])(?::[0-9]{1,5})?")
+_NUMBER = "(?:25[0-5]|2[0-4][0-9]|1[0-9][0-9]|[1-9]?[0-9])"
+_IPV4 = re.compile(rf"{_NUMBER}(?:\.{_NUMBER}){{3}}")
 
 
 def _is_address(name: str) -> bool:
     """Whether it is an IP literal: those can't be rebound, as no name is looked up."""
-    return ":" in name or (name.count(".") == 3 and name.replace(".", "").isdigit())
+    return ":" in name or _IPV4.fullmatch(name) is not None
 
 
 def _is_json(headers: Mapping[str, str]) -> bool:

@@ -19,7 +19,6 @@ import signal
 import socket
 import socketserver
 import struct
-import sys
 import threading
 import time
 import traceback
@@ -32,12 +31,14 @@ from queue import Empty, SimpleQueue
 from typing import TYPE_CHECKING, Any
 from urllib.parse import unquote
 
+from portway import descriptors, stderr
 from portway.answers import Facts, Found, Shared
 from portway.cache.flights import Flights
 from portway.cache.rules import parse_control
 from portway.cache.store import Cache
-from portway.config import ConfigError, ConfigWatcher
+from portway.config import ConfigError, ConfigWatcher, is_loopback
 from portway.errors import ClientError, ClientGone, PortwayError, Stopping
+from portway.fields import Mistake
 from portway.memory import api as residency_api
 from portway.memory.residency import Residency
 from portway.metrics import CONTENT_TYPE, Metrics
@@ -48,7 +49,16 @@ from portway.telemetry import Log, Price, Record
 from portway.vitals import Vitals
 from portway.watch import ClientWatch
 from portway.wire.events import DONE, dumps, loads_object, sse
-from portway.wire.http1 import MAX_HEAD, BadMessage, Incoming, RequestHead, as_client_error, parse_request
+from portway.wire.http1 import (
+    MAX_HEAD,
+    BadMessage,
+    Incoming,
+    RequestHead,
+    as_client_error,
+    field_lines,
+    head_too_long,
+    parse_request,
+)
 from portway.workers import InFlight, Workers
 
 if TYPE_CHECKING:
@@ -331,7 +341,7 @@ class Handler(BaseHTTPRequestHandler):
         now = time.monotonic()
         if end < 0:
             if len(self._buffer) > MAX_HEAD:
-                return Incoming.broken(BadMessage(f"the head is longer than {MAX_HEAD} bytes", 431))
+                return Incoming.broken(head_too_long())
             if not self._buffer:
                 self.expires = now + config.idle_timeout
             elif self.expires > now + config.header_timeout:
@@ -508,8 +518,8 @@ class Handler(BaseHTTPRequestHandler):
         """The head of the answer to the present request."""
         self._record.status = status
         lines = [self.server.status_line(status)]
-        lines += [f"{name}: {value}\r\n" for name, value in headers.items()]
-        lines += [f"{name}: {value}\r\n" for name, value in self._cors.items()]
+        lines += field_lines(headers)
+        lines += field_lines(self._cors)
         if not self.keep_alive:
             lines.append("Connection: close\r\n")
         elif self.head.minor == 0:
@@ -765,7 +775,7 @@ class Daemon:
         log: Log | None = None,
         cache: Cache | None = None,
     ) -> None:
-        self._say = say or _to_stderr
+        self._say = say or stderr.say
         self.log = log
         self.cache = cache
         self.residency = Residency(config, say=self._say)
@@ -812,7 +822,13 @@ class Daemon:
         return ended
 
     def use(self, config: Config) -> None:
-        """Serve by another configuration from the next request on. The address stays the one it listens on."""
+        """Serve by another configuration from the next request on. The address stays the one it listens on.
+
+        Raises ConfigError for one that would leave an address open to everybody that others can reach.
+        """
+        if not config.server.api_keys and not is_loopback(self.state.config.server.host):
+            problem = f"empty, while it listens on {self.state.config.server.host}, which other machines can reach"
+            raise ConfigError(config.path, [Mistake("server.api_keys", problem, "a key, or a restart on loopback")])
         server = replace(config.server, host=self.state.config.server.host, port=self.state.config.server.port)
         config = replace(config, server=server)
         self.residency.adopt(config)
@@ -856,26 +872,23 @@ class Daemon:
             self._say(line)
 
 
-def _to_stderr(text: str) -> None:
-    print(f"portway: {text}", file=sys.stderr, flush=True)
-
-
 def serve(config: Config, *, config_path: str | None, environ: Mapping[str, str]) -> int:
     """Serve until SIGTERM or SIGINT; reload on SIGHUP and when the file has changed. The exit code."""
+    descriptors.allow(config.server.max_connections)
     log, cache = open_log(config, environ), open_cache(config, environ)
     try:
         daemon = Daemon(config, log=log, cache=cache)
     except OSError as exc:
-        _to_stderr(_cannot_listen(config.server.host, config.server.port, exc))
+        stderr.say(_cannot_listen(config.server.host, config.server.port, exc))
         return 1
     for warning in config.warnings:
-        _to_stderr(f"warning: {warning}")
+        stderr.say(f"warning: {warning}")
     events: SimpleQueue[str] = SimpleQueue()  # its put() may be called from a signal handler
     signal.signal(signal.SIGTERM, lambda *_: events.put("stop"))
     signal.signal(signal.SIGINT, lambda *_: events.put("stop"))
     signal.signal(signal.SIGHUP, lambda *_: events.put("reload"))
     daemon.start()
-    _to_stderr(f"listening on {daemon.url}/v1, configured by {config.path}")
+    stderr.say(f"listening on {daemon.url}/v1, configured by {config.path}")
     _attend(daemon, ConfigWatcher(config_path, environ), events)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)  # a second one ends it at once
     signal.signal(signal.SIGINT, signal.SIG_DFL)
@@ -899,12 +912,11 @@ def _attend(daemon: Daemon, watcher: ConfigWatcher, events: SimpleQueue[str]) ->
     while event != "stop":
         try:
             new = watcher.reload() if event else watcher.poll()
-        except ConfigError as exc:
-            daemon.refuse(str(exc))
-        else:
             if new is not None and (event != "start" or daemon.serves_other_than(new)):
                 daemon.use(new)
-                _to_stderr(f"configuration reloaded from {new.path}")
+                stderr.say(f"configuration reloaded from {new.path}")
+        except ConfigError as exc:
+            daemon.refuse(str(exc))
         try:
             event = events.get(timeout=WATCH_CONFIG)
         except Empty:

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from portway.config import Config, Model
 
 _ID_PREFIX: Mapping[str, str] = {"chat": "chatcmpl-", "completions": "cmpl-", "embeddings": "embd-"}
-_ADDRESSES = ("image_url", "video_url", "audio_url")  # content parts that some servers fetch by themselves
+_PROMPT = ("messages", "input", "prompt")  # where content stands that some servers fetch by its address
 
 
 def read_call(endpoint: Endpoint, raw: bytes, config: Config) -> Call:
@@ -30,8 +30,8 @@ def read_call(endpoint: Endpoint, raw: bytes, config: Config) -> Call:
     include_usage = _include_usage(body.get("stream_options"))
     if endpoint == "chat":
         _check_messages(body.get("messages"))
-        if b"_url" in raw or b"\\u" in raw:  # a key may be written with escapes
-            _refuse_addresses(body)
+    if b'url"' in raw or b"\\u" in raw:  # a key may be written with escapes
+        _refuse_addresses(body)
     return Call(
         endpoint=endpoint,
         body=body,
@@ -92,17 +92,29 @@ def _check_messages(messages: Any) -> None:
 
 
 def _refuse_addresses(body: Mapping[str, Any]) -> None:
-    """Some servers would fetch such an address, from inside this network (unslothai/unsloth#11160)."""
-    for part in _parts(body):
-        for key in _ADDRESSES:
-            media = part.get(key)
-            url = media.get("url") if isinstance(media, dict) else media
-            if isinstance(url, str) and url[:5].lower() != "data:":
-                raise ClientError(
-                    "Images are not fetched from an address; send the image itself as a data: URL.",
-                    param="messages",
-                    code="remote_image",
-                )
+    """Some servers would fetch such an address, from inside this network (unslothai/unsloth#11160), or read
+    such a file. Looked for are the members `url` and `.._url` of all content, however deep, but for the sources
+    that an earlier answer cites."""
+    rest = [item for key in _PROMPT for item in _content(body.get(key))]
+    while rest:
+        value = rest.pop()
+        if isinstance(value, list):
+            rest += value
+        elif isinstance(value, dict):
+            rest += [item for key, item in value.items() if key != "annotations"]
+            for key, item in value.items():
+                if (key == "url" or key.endswith("_url")) and isinstance(item, str) and item[:5].lower() != "data:":
+                    raise ClientError(
+                        "Images are not fetched from an address; send the image itself as a data: URL.",
+                        param="messages",
+                        code="remote_image",
+                    )
+
+
+def _content(value: Any) -> list[Any]:
+    """What a message or an input holds, apart from what the model itself has said and done."""
+    items = value if isinstance(value, list) else [value]
+    return [item["content"] if isinstance(item, dict) and "content" in item else item for item in items]
 
 
 def _parts(body: Mapping[str, Any]) -> Iterator[dict[str, Any]]:

@@ -19,7 +19,6 @@ import math
 import os
 import re
 import stat
-import sys
 import threading
 import time
 from collections import deque
@@ -29,6 +28,8 @@ from dataclasses import dataclass
 from functools import lru_cache
 from json.encoder import encode_basestring_ascii
 from typing import TYPE_CHECKING, Any
+
+from portway import stderr
 
 if TYPE_CHECKING:
     from portway.answers import Found
@@ -355,7 +356,7 @@ class Log:
         write: Callable[[int, bytes], int] = os.write,
     ) -> None:
         self.price = price or Price()
-        self._say = say or _to_stderr
+        self._say = say or stderr.say
         self._retry_after = retry_after
         self._changed = threading.Condition()  # its lock guards everything down to the blank line
         self._waiting: deque[Record] = deque()
@@ -484,10 +485,6 @@ class Log:
         with self._changed:
             self._dropped += count + len(self._waiting)
             self._waiting.clear()
-
-
-def _to_stderr(text: str) -> None:
-    print(f"portway: {text}", file=sys.stderr, flush=True)
 
 
 # --- The file --------------------------------------------------------------------------------

@@ -46,6 +46,20 @@ class HostTest(unittest.TestCase):
         for host in ("localhost:evil.example", "[::1]evil", "[::1", "localhost:80:80", "user@localhost"):
             self.refused(host)
 
+    def test_what_only_looks_like_loopback(self):
+        """A number that is none to a resolver, a name of digits, an address of nobody's."""
+        for host in (
+            "localhost:\xb2",
+            "127...1",
+            "127.0.0.256",
+            "127.0.0.1.",
+            "127.1",
+            "2130706433",
+            "[evil:1]",
+            "::1",
+        ):
+            self.refused(host)
+
     def test_addresses_of_other_machines(self):
         """While only loopback is listened on, an address that is not loopback can't be ours."""
         self.refused("192.168.1.5:11436")
@@ -92,6 +106,13 @@ class OriginTest(unittest.TestCase):
         self.refused(Sec_Fetch_Site="cross-site")
         self.refused(Sec_Fetch_Site="same-site")
         self.assertEqual({}, guards().check(head(Sec_Fetch_Site="none", Content_Type="application/json")))
+
+    def test_an_own_origin_proves_nothing_against_the_browsers_word(self):
+        """Whoever says both is no browser that shows a page of ours."""
+        self.refused(Origin="http://localhost:11436", Sec_Fetch_Site="cross-site")
+        self.refused(Origin="http://localhost:11436", Sec_Fetch_Site="same-site")
+        served = guards('allowed_origins = ["http://localhost:3000"]')
+        self.assertTrue(served.check(head(Origin="http://localhost:3000", Sec_Fetch_Site="same-site")))
 
     def test_content_types(self):
         """cron's `curl -d` may send a form's content type; a browser may not."""

@@ -9,6 +9,7 @@ servers on this machine that break these rules are broken.
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from typing import NamedTuple
 
 from portway.errors import ClientError
@@ -67,13 +68,20 @@ class ResponseHead(NamedTuple):
 
 def parse_request(head: bytes) -> RequestHead:
     """Read a request's head: everything up to and without the empty line. Raises BadMessage."""
+    if len(head) > MAX_HEAD:
+        raise head_too_long()
     line, _, block = head.partition(b"\r\n")
     method, path, query, minor = _request_line(line)
     headers = _fields(block)
     length, chunked = _framing(headers, minor)
-    if minor and "host" not in headers:
-        raise BadMessage("the Host header is missing")
+    if not headers.get("host") and (minor or "host" in headers):
+        raise BadMessage("the Host header is missing or empty")
     return RequestHead(method, path, query, minor, headers, length, chunked, _keeps_alive(headers, minor))
+
+
+def head_too_long() -> BadMessage:
+    """What is said of a head beyond MAX_HEAD, whether its end is in or not."""
+    return BadMessage(f"the head is longer than {MAX_HEAD} bytes", 431)
 
 
 def parse_response(head: bytes) -> ResponseHead:
@@ -148,6 +156,15 @@ def _framing(headers: dict[str, str], minor: int) -> tuple[int | None, bool]:
     if not (length.isascii() and length.isdigit() and len(length) <= 18):
         raise BadMessage("Content-Length is not a number")
     return int(length), False
+
+
+def field_lines(headers: Mapping[str, str]) -> list[str]:
+    """Header fields as they are sent, each with its line end. A value stays on its line, whatever it holds."""
+    return [f"{name}: {value if value.isprintable() else _on_one_line(value)}\r\n" for name, value in headers.items()]
+
+
+def _on_one_line(value: str) -> str:
+    return "".join(char if char.isprintable() else " " for char in value)
 
 
 def _keeps_alive(headers: dict[str, str], minor: int) -> bool:
