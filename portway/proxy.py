@@ -335,8 +335,8 @@ class Handler(BaseHTTPRequestHandler):
     def _begin(self) -> Incoming | None:
         """The head of the next request, if it is all there."""
         config = self.server.daemon.state.config.server
-        if self._buffer[:2] == b"\r\n":
-            self._buffer = self._buffer[2:]  # RFC 9112 section 2.2: one empty line before a request is let pass
+        while self._buffer[:2] == b"\r\n":
+            self._buffer = self._buffer[2:]  # RFC 9112 section 2.2: empty lines before a request are let pass
         end = self._buffer.find(b"\r\n\r\n")
         now = time.monotonic()
         if end < 0:

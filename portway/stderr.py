@@ -15,12 +15,13 @@ def say(text: str) -> None:
 
 
 def message(text: str) -> str:
-    """`text` as it is written: its first line begins with `portway: `, each further one with two blanks, and what
-    can't be printed (a terminal would obey it) stands there as an escape."""
+    """`text` as it is written: its first line begins with `portway: `, each further one with two blanks, and
+    all of it is `printable`."""
     first, *rest = text.split("\n")
     lines = [f"portway: {first}", *(f"  {line}" for line in rest if line)]
-    return "".join(f"{_printable(line)}\n" for line in lines)
+    return "".join(f"{printable(line)}\n" for line in lines)
 
 
-def _printable(line: str) -> str:
+def printable(line: str) -> str:
+    """A line as a terminal may be given it: what it would obey, or could not show, stands there as an escape."""
     return line if line.isprintable() else "".join(char if char.isprintable() else ascii(char)[1:-1] for char in line)

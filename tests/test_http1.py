@@ -122,6 +122,8 @@ class RequestLines(HeadCase):
             b"OPTIONS * HTTP/1.1",
             b"CONNECT localhost:80 HTTP/1.1",
             b"GET ?a HTTP/1.1",
+            b"GET /a#b HTTP/1.1",
+            b"GET /a?b#c HTTP/1.1",
             b"GET / http/1.1",
             b"GET / HTP/1.1",
             b"GET / HTTP",

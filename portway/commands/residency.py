@@ -12,6 +12,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from portway.memory.footprint import shown
+from portway.stderr import printable
 
 if TYPE_CHECKING:
     from portway.config import Config
@@ -75,7 +76,7 @@ def main(command: str, words: Sequence[str], config: Config) -> int:
         print(f"portway {command}: {exc}; see `portway {command} --help`", file=sys.stderr)
         return USAGE
     except Refused as exc:
-        print(f"portway {command}: {exc}", file=sys.stderr)
+        print(f"portway {command}: {printable(str(exc))}", file=sys.stderr)
         return FAILED
     except (OSError, http.client.HTTPException) as exc:
         where = f"{config.server.host}:{config.server.port}"
@@ -171,7 +172,7 @@ def _ps(said: Mapping[str, Any]) -> Iterator[str]:
         yield f"{wish['model']} waits for {wish['for']}, {wish['seconds']:.0f} s so far"
     for name, backend in said["backends"].items():
         if backend["problem"]:
-            yield f"backend {name}: {backend['problem']}; its models are not minded"
+            yield printable(f"backend {name}: {backend['problem']}; its models are not minded")
 
 
 def _bar(memory: Mapping[str, Any]) -> str:
@@ -224,4 +225,5 @@ def _span(seconds: float | None) -> str:
 def _table(head: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> Iterator[str]:
     widths = [max(map(len, column)) for column in zip(head, *rows, strict=True)]
     for row in (head, *rows):
-        yield "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
+        line = "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True))
+        yield printable(line.rstrip())

@@ -22,7 +22,7 @@ MAX_EXTENSIONS = 65_536  # bytes of all chunk extensions of one body; nobody use
 
 _TOKEN = b"!#$%&'*+-.^_`|~0123456789ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz"
 _TEXT = bytes(b for b in range(256) if b == 0x09 or (b >= 0x20 and b != 0x7F))  # what a field's value may hold
-_TARGET = bytes(range(0x21, 0x7F))
+_TARGET = bytes(set(range(0x21, 0x7F)) - {ord("#")})  # a fragment stays with the client
 _HEX = b"0123456789abcdefABCDEF"
 _FIELD = re.compile(rb"[%b]+:[^\x00-\x08\x0a-\x1f\x7f]*" % re.escape(_TOKEN))
 _STATUS_LINE = re.compile(rb"HTTP/1\.([01]) ([1-5][0-9][0-9])(?: [^\x00-\x08\x0a-\x1f\x7f]*)?")

@@ -265,7 +265,8 @@ def _lines() -> Iterator[Framing]:
     yield Framing("TLS", b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03" + b"\r\n\r\n")
     yield Framing("a method with a colon", b"GET: /v1/models HTTP/1.1\r\n" + HOST + b"\r\n")
     yield Framing("an empty line ahead", b"\r\n" + OK, (200,))
-    yield Framing("two empty lines ahead", b"\r\n\r\n" + OK)
+    yield Framing("two empty lines ahead", b"\r\n\r\n" + OK, (200,))
+    yield Framing("an empty line ahead that is none", b"\n" + OK)
 
 
 def _targets() -> Iterator[Framing]:
@@ -278,6 +279,7 @@ def _targets() -> Iterator[Framing]:
         "no slash": b"v1/models",
         "empty": b"",
         "a query alone": b"?a=b",
+        "a fragment": b"/v1/models#x",
         "beyond ASCII": b"/v1/models/\xc3\xa9",
         "a NUL": b"/v1/models\x00",
         "a space": b"/v1/models x",
@@ -292,7 +294,6 @@ def _targets() -> Iterator[Framing]:
         "two slashes and a host": b"//evil.example/v1/models",
         "two slashes inside": b"/v1//models",
         "encoded dots": b"/%2e%2e/v1/models",
-        "a fragment": b"/v1/models#x",
         "an encoded slash": b"/v1%2fmodels",
     }.items():
         yield Framing(f"target: {name}", b"GET " + target + b" HTTP/1.1\r\n" + HOST + b"\r\n", (404,))

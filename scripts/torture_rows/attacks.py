@@ -214,7 +214,7 @@ def converse(port: int, data: bytes, *, quiet: float = PATIENCE) -> tuple[list[A
                     more = _receive_some(sock)
                     ended = not more
                     seen += more
-    return _answers(seen), ended
+    return read_answers(seen), ended
 
 
 def _send_some(sock: socket.socket, data: bytes) -> bytes:
@@ -233,7 +233,8 @@ def _receive_some(sock: socket.socket) -> bytes:
         return b""
 
 
-def _answers(data: bytes) -> list[Answer]:
+def read_answers(data: bytes) -> list[Answer]:
+    """All that a connection brought. Raises Broken."""
     found = []
     while data:
         answer, data = _cut_answer(data)
@@ -324,7 +325,7 @@ def _expect(
 
 # --- framing ---------------------------------------------------------------------------------------
 
-_SENTINEL = b"GET /v1/models/sentinel HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n"
+SENTINEL = b"GET /v1/models/sentinel HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n"
 
 
 def attack_framing(world: World) -> Row:
@@ -332,7 +333,7 @@ def attack_framing(world: World) -> Row:
     row = Row("request framing and smuggling")
     for framing in cases.framings():
         try:
-            answers, ended = converse(world.port, framing.data + _SENTINEL)
+            answers, ended = converse(world.port, framing.data + SENTINEL)
         except (OSError, Broken) as exc:
             row.judge(framing.name, held=False, seen=exc)
             continue
@@ -361,7 +362,7 @@ def attack_garbage(world: World, tries: int = 400, seed: int = 1) -> Row:
     for number in range(tries):
         data = _mutated(chance.choice(whole), chance)
         try:
-            answers, ended = converse(world.port, data + _SENTINEL * 2, quiet=0.5)  # it may be half a request now
+            answers, ended = converse(world.port, data + SENTINEL * 2, quiet=0.5)  # it may be half a request now
             statuses = [answer.status for answer in answers]
             held = ended and all(status in (200, 403, 404, 405, 408, 415, *REFUSALS) for status in statuses)
             row.judge(f"seed {seed}, number {number}", held=held, seen=(statuses, ended, data[:200]))
@@ -447,6 +448,7 @@ def attack_idle_connections(world: World, count: int = 10_000) -> Row:
         world.check()
         for sock in idle:
             sock.sendall(b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n")
+        for sock in idle:
             row.judge("idle", held=_receive_some(sock)[:12] == b"HTTP/1.1 200")
     world.check()
     return row
