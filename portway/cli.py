@@ -41,6 +41,7 @@ Commands:
   models     every model: its size, whether it is there, whether it fits
   stats      what the log says: requests, hits, demotions, times, dollars saved
   cache      show, purge or switch off the stored answers
+  key        make, list and remove API keys, each for some models or rates
   demo       show what Portway does, with no model server installed
   ask-install  put the `ask` command into ~/.local/bin
   standin    run the stand-in for Ollama by itself
@@ -208,7 +209,7 @@ def _dispatch(words: list[str]) -> int:
     if name == "--version":
         return _show(f"portway {__version__}\n")
     # these read their words themselves
-    own_words = {"standin": _standin, "stats": _stats, "cache": _cache, "service": _service}
+    own_words = {"standin": _standin, "stats": _stats, "cache": _cache, "key": _key, "service": _service}
     if name in own_words:
         return own_words[name](rest)
     if name in _RESIDENCY:
@@ -328,6 +329,12 @@ def _cache(words: list[str]) -> int:
     except config.ConfigError as exc:
         return _refuse(exc)
     return cache_cli.main(words, file or cache_file.default_path(os.environ))
+
+
+def _key(words: list[str]) -> int:
+    from portway.commands import keys
+
+    return keys.main(words, os.environ)
 
 
 def _show(text: str) -> int:

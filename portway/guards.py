@@ -14,9 +14,12 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from portway.errors import ClientError
+from portway.keys import digest_of
 
 if TYPE_CHECKING:
     from portway.config import Config
+    from portway.keys import Key
+    from portway.quotas import Quotas
     from portway.wire.http1 import RequestHead
 
 
@@ -28,7 +31,7 @@ class Guards:
         self._hosts = frozenset((server.host.lower(), *server.allowed_hosts))
         self._anywhere = server.host.lower() not in _LOOPBACK  # then other machines may use an address of ours
         self._origins = frozenset(server.allowed_origins)
-        self._keys = [key.encode() for key in server.api_keys]
+        self._keys = server.api_keys
 
     def check(self, head: RequestHead) -> dict[str, str]:
         """Raises ClientError if the request may not be served; else the CORS headers of its answer."""
@@ -45,19 +48,47 @@ class Guards:
             raise ClientError("Send Content-Type: application/json.", status=415, code="unsupported_media_type")
         return cors
 
-    def check_key(self, head: RequestHead) -> None:
-        """Raises ClientError 401 if keys are configured and the request brings none of them."""
+    def check_key(self, head: RequestHead) -> Key | None:
+        """The key that the request brings, None where none are configured. Raises ClientError 401."""
         if not self._keys:
-            return
-        scheme, _, key = head.headers.get("authorization", "").partition(" ")
-        given = key.strip().encode("latin-1") if scheme.lower() == "bearer" else b""
-        if sum(hmac.compare_digest(given, known) for known in self._keys) == 0:  # a sum looks at all of them
+            return None
+        found = self._key_of(head)
+        if found is None:
             raise ClientError(
                 "A valid API key is needed: send Authorization: Bearer with one of server.api_keys.",
                 status=401,
                 code="invalid_api_key",
                 headers={"WWW-Authenticate": "Bearer"},
             )
+        return found
+
+    def admit(self, head: RequestHead, route: str, quotas: Quotas) -> Key | None:
+        """The request's key, once it is seen to be good for the route of that name and counted; None where none is
+        needed. Raises ClientError 401, 403, 429."""
+        key = None if route in _OPEN else self.check_key(head)
+        if key is not None:
+            if route not in _FOR_MODELS:
+                key.check_everything()
+            if route in _COUNTED:
+                quotas.admit(key)
+        return key
+
+    def may_know_all(self, head: RequestHead) -> bool:
+        """Whether /health may tell this client more than that the server is well, without asking it for a key."""
+        if not self._keys:
+            return True
+        found = self._key_of(head)
+        return found is not None and not found.models
+
+    def _key_of(self, head: RequestHead) -> Key | None:
+        """The configured key that is given. All are compared, in a time that tells nothing of any of them."""
+        scheme, _, rest = head.headers.get("authorization", "").partition(" ")
+        given = rest.strip().encode("latin-1") if scheme.lower() == "bearer" else b""
+        digest, found = digest_of(given), None
+        for known in self._keys:
+            if hmac.compare_digest(digest, known.digest):
+                found = known
+        return found if given else None
 
     def _is_own_host(self, host: str) -> bool:
         """Whether no name server could have led a browser here by this name."""
@@ -83,6 +114,11 @@ class Guards:
             code="origin_not_allowed",
         )
 
+
+# routes by the names that the route table gives them
+_OPEN = ("get_health",)
+_COUNTED = ("post_chat", "post_completions", "post_embeddings")  # against a key's rpm
+_FOR_MODELS = (*_COUNTED, "get_models", "get_model")  # what a key for some models alone is good for
 
 _LOOPBACK = ("localhost", "127.0.0.1", "::1")
 

@@ -42,11 +42,12 @@ from portway.fields import Mistake
 from portway.memory import api as residency_api
 from portway.memory.residency import Residency
 from portway.metrics import CONTENT_TYPE, Metrics
+from portway.quotas import Quotas, spent
 from portway.request import find_model, read_call
 from portway.routing import ChainExhausted, Cooling
 from portway.state import State, open_cache, open_log
 from portway.telemetry import Log, Price, Record
-from portway.vitals import Vitals
+from portway.vitals import BRIEF, Vitals
 from portway.watch import ClientWatch
 from portway.wire.events import DONE, dumps, loads_object, sse
 from portway.wire.http1 import (
@@ -421,8 +422,9 @@ class Handler(BaseHTTPRequestHandler):
             self.respond(204, {"Allow": "GET, HEAD, OPTIONS, POST", **(_PREFLIGHT if self._cors else {})}, b"")
             return
         name, rest = route(head.method, head.path)
-        if name != "get_health":
-            self.server.daemon.state.guards.check_key(head)
+        daemon = self.server.daemon
+        self._key = daemon.state.guards.admit(head, name, daemon.quotas)
+        self._record.key = self._key.name if self._key else ""
         getattr(self, name)(rest if head.method != "POST" else incoming.body)
 
     def post_chat(self, raw: bytes) -> None:
@@ -440,7 +442,7 @@ class Handler(BaseHTTPRequestHandler):
     def _complete(self, endpoint: Endpoint, raw: bytes) -> None:
         """The pipeline: call -> found in the cache, or served by some target -> relayed."""
         state = self.server.daemon.state
-        call = read_call(endpoint, raw, state.config)
+        call = read_call(endpoint, raw, state.config, self._key)
         self._record.begin(call)
         stream = self._stream = EventStream(self) if call.stream else None
         self.watch.begin(state.config.server.heartbeat, stream.beat if stream else None)
@@ -454,6 +456,8 @@ class Handler(BaseHTTPRequestHandler):
             finally:
                 found.close()
                 self._record.found(found, stream.ttft if stream else None)
+                if self._key is not None:
+                    self.server.daemon.quotas.spend(self._key, spent(call, found))
 
     def _respond_with(self, found: Found) -> None:
         body = found.body()
@@ -473,17 +477,19 @@ class Handler(BaseHTTPRequestHandler):
         """GET /v1/models."""
         state = self.server.daemon.state
         state.catalogue.refresh_soon()
-        cards = [state.card(model) for model in state.config.models.values()]
+        models = [model for model in state.config.models.values() if self._key is None or self._key.knows(model.name)]
+        cards = [state.card(model) for model in models]
         self.respond(200, {}, dumps({"object": "list", "data": cards}))
 
     def get_model(self, name: str) -> None:
         """GET /v1/models/{id}; an alias is one, too."""
         state = self.server.daemon.state
-        self.respond(200, {}, dumps(state.card(find_model(name, state.config))))
+        self.respond(200, {}, dumps(state.card(find_model(name, state.config, self._key))))
 
     def get_health(self, _rest: str) -> None:
-        """GET /health."""
-        self.respond(200, {}, dumps(self.server.daemon.health()))
+        """GET /health. To a client without a key, where there are keys, it tells no more than that all is well."""
+        knows = self.server.daemon.state.guards.may_know_all(self.head)
+        self.respond(200, {}, dumps(self.server.daemon.health() if knows else BRIEF))
 
     def get_metrics(self, _rest: str) -> None:
         """GET /metrics, for Prometheus."""
@@ -781,6 +787,7 @@ class Daemon:
         self.residency = Residency(config, say=self._say)
         self._flights: Flights[Shared] = Flights()
         self._cooling = Cooling(config.cooldown)
+        self.quotas = Quotas()
         self._problem: str | None = None  # why the newest configuration is not in force
         self.state = self._build(config)
         self._server = Server(self)
@@ -832,6 +839,7 @@ class Daemon:
         server = replace(config.server, host=self.state.config.server.host, port=self.state.config.server.port)
         config = replace(config, server=server)
         self.residency.adopt(config)
+        self.quotas.adopt(config.server.api_keys)
         old, self.state = self.state, self._build(config)
         if self.log:
             self.log.price = Price(config.price.input, config.price.output)

@@ -17,15 +17,16 @@ from portway.wire.events import loads_object
 
 if TYPE_CHECKING:
     from portway.config import Config, Model
+    from portway.keys import Key
 
 _ID_PREFIX: Mapping[str, str] = {"chat": "chatcmpl-", "completions": "cmpl-", "embeddings": "embd-"}
 _PROMPT = ("messages", "input", "prompt")  # where content stands that some servers fetch by its address
 
 
-def read_call(endpoint: Endpoint, raw: bytes, config: Config) -> Call:
-    """The Call that `raw` asks for. Raises ClientError."""
+def read_call(endpoint: Endpoint, raw: bytes, config: Config, key: Key | None = None) -> Call:
+    """The Call that `raw` asks for, with the client's key. Raises ClientError."""
     body = loads_object(raw)
-    model = find_model(body.get("model"), config)
+    model = find_model(body.get("model"), config, key)
     stream = boolean(body, "stream") and endpoint != "embeddings"
     include_usage = _include_usage(body.get("stream_options"))
     if endpoint == "chat":
@@ -44,17 +45,21 @@ def read_call(endpoint: Endpoint, raw: bytes, config: Config) -> Call:
     )
 
 
-def find_model(name: object, config: Config) -> Model:
-    """The logical model of that name or alias. Raises ClientError: 400 without a name, 404 for an unknown one."""
+def find_model(name: object, config: Config, key: Key | None = None) -> Model:
+    """The logical model of that name or alias. Raises ClientError: 400 without a name, 404 for an unknown one,
+    403 for one that is not for this key, which is told of its own models alone."""
+    names = key.models if key is not None and key.models else tuple(config.models)
     if not isinstance(name, str) or not name:
-        raise ClientError(f"model must name one of: {', '.join(config.models)}.", param="model")
+        raise ClientError(f"model must name one of: {', '.join(names)}.", param="model")
     model = config.resolve(name)
     if model is None:
-        near = config.near(name)
-        hint = f"Did you mean {' or '.join(near)}?" if near else f"There are: {', '.join(config.models)}."
+        near = [other for other in config.near(name) if config.names[other] in names]
+        hint = f"Did you mean {' or '.join(near)}?" if near else f"There are: {', '.join(names)}."
         raise ClientError(
             f"The model {name[:128]!r} does not exist. {hint}", status=404, code="model_not_found", param="model"
         )
+    if key is not None:
+        key.check_model(model.name)
     return model
 
 

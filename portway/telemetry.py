@@ -83,14 +83,15 @@ class Record:
     content was sent, when it was over. waited: seconds spent waiting for others, None = not measured.
     cache_hit: None = the cache was not asked. error: a code, never a message. cancelled_in: the phase
     (call.PHASES) in which the client left. host: the backend's. exit_code: None = made from the status.
-    body: the request as parsed, for its prompt's hash and size. document: an answer out of the cache, whose
-    sizes the writer takes from it. size: bytes of both.
+    key: what the client's key is called. body: the request as parsed, for its prompt's hash and size. document: an
+    answer out of the cache, whose sizes the writer takes from it. size: bytes of both.
     """
 
     ts: float
     started: float
     client: str = ""
     endpoint: str = ""
+    key: str = ""
     id: str = ""
     model: str = ""
     stream: bool = False
@@ -218,6 +219,7 @@ def line(record: Record, price: Price) -> bytes:
         _measure(record)
     text = (
         f'{{"ts":"{iso_time(record.ts)}","id":{_text(record.id)},"client":{_text(record.client)}'
+        f',"key":{_text(record.key)}'
         f',"endpoint":{_text(record.endpoint)},"model":{_text(record.model)},"served_by":{_text(record.served_by)}'
         f',"local":{_WORDS[is_local(record.host) if record.host else None]},"stream":{_WORDS[record.stream]}'
         f',"status":{record.status},"exit_code":{record.outcome},"error":{_text(record.error)}'

@@ -1,8 +1,11 @@
+import hmac
 import unittest
+from unittest import mock
 
 from portway import config
 from portway.errors import ClientError
 from portway.guards import Guards
+from portway.keys import digest_of
 from portway.wire.http1 import parse_request
 
 
@@ -137,19 +140,44 @@ class KeyTest(unittest.TestCase):
     def test_each_key_is_good(self):
         """Any of the configured keys opens."""
         served = guards('api_keys = ["sk-one", "sk-two"]')
-        self.assertIsNone(served.check_key(head(Authorization="Bearer sk-one")))
-        self.assertIsNone(served.check_key(head(Authorization="bearer sk-two")))
+        for given, number in (("Bearer sk-one", 0), ("bearer sk-two", 1), ("BEARER   sk-two ", 1)):
+            found = served.check_key(head(Authorization=given))
+            self.assertEqual(digest_of(f"sk-{('one', 'two')[number]}"), found.digest if found else None)
 
     def test_wrong_keys(self):
         """Anything else is 401, with what to send, and without the key in the message."""
         served = guards('api_keys = ["sk-one"]')
-        for value in ("Bearer sk-on", "Bearer sk-one1", "Basic sk-one", "sk-one", "Bearer", "Bearer \xff"):
+        wrong = (
+            "Bearer sk-on",
+            "Bearer sk-one1",
+            "Bearer SK-ONE",
+            "Basic sk-one",
+            "sk-one",
+            "Bearer",
+            "Bearer \xff",
+            "",
+        )
+        for value in (*wrong, f"Bearer {digest_of('sk-one').hex()}"):
             with self.assertRaises(ClientError) as caught:
-                served.check_key(
-                    head(Authorization=value.encode("latin-1").decode("latin-1")) if value.isascii() else head()
-                )
+                served.check_key(head(Authorization=value))
             self.assertEqual((401, "invalid_api_key"), (caught.exception.status, caught.exception.code))
             self.assertNotIn("sk-one", caught.exception.message)
+
+    def test_no_key_is_never_a_key(self):
+        """Not even where somebody has configured the hash of nothing."""
+        served = guards(f'api_keys = ["sha256:{digest_of("").hex()}"]')
+        for fields in ({}, {"Authorization": "Bearer "}, {"Authorization": "Basic x"}):
+            with self.assertRaises(ClientError):
+                served.check_key(head(**fields))
+
+    def test_every_key_is_compared(self):
+        """In a time that does not depend on which one it is, nor on how much of one is right."""
+        served = guards('api_keys = ["sk-one", "sk-two", "sk-three"]')
+        for given in ("sk-one", "sk-three", "wrong", ""):
+            with mock.patch("portway.guards.hmac.compare_digest", side_effect=hmac.compare_digest) as compare:
+                served.may_know_all(head(Authorization=f"Bearer {given}"))
+            self.assertEqual(3, compare.call_count)
+            self.assertEqual({32}, {len(side) for call in compare.call_args_list for side in call.args})
 
 
 if __name__ == "__main__":

@@ -7,10 +7,12 @@ from __future__ import annotations
 
 import http.client
 import json
+import os
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from portway.keys import plain
 from portway.memory.footprint import shown
 from portway.stderr import printable
 
@@ -113,7 +115,8 @@ class Daemon:
         server = config.server
         self._host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(server.host, server.host)  # noqa: S104 - not bound to
         self._port = server.port
-        self._headers = {"Authorization": f"Bearer {server.api_keys[0]}"} if server.api_keys else {}
+        key = plain(server.api_keys, os.environ)
+        self._headers = {"Authorization": f"Bearer {key}"} if key else {}
 
     def get(self, path: str) -> Any:
         """The JSON at `path`. Raises Refused, OSError and HTTPException."""
