@@ -19,6 +19,7 @@ from portway.cache.rules import Control, Keys, is_storable, why_bypassed
 from portway.call import Composed
 from portway.errors import ClientError, PortwayError
 from portway.wire.events import WireError
+from portway.wire.http1 import field_lines
 
 if TYPE_CHECKING:
     from portway.cache.store import Cache, Entry
@@ -64,7 +65,7 @@ class Facts:
 
 def fields_of(headers: Mapping[str, str]) -> bytes:
     """Header fields, each with its line end."""
-    return "".join([f"{name}: {value}\r\n" for name, value in headers.items()]).encode("latin-1", "replace")
+    return "".join(field_lines(headers)).encode("latin-1", "replace")
 
 
 @lru_cache(maxsize=256)

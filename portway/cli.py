@@ -41,6 +41,7 @@ Commands:
   models     every model: its size, whether it is there, whether it fits
   stats      what the log says: requests, hits, demotions, times, dollars saved
   cache      show, purge or switch off the stored answers
+  key        make, list and remove API keys, each for some models or rates
   demo       show what Portway does, with no model server installed
   ask-install  put the `ask` command into ~/.local/bin
   standin    run the stand-in for Ollama by itself
@@ -208,7 +209,7 @@ def _dispatch(words: list[str]) -> int:
     if name == "--version":
         return _show(f"portway {__version__}\n")
     # these read their words themselves
-    own_words = {"standin": _standin, "stats": _stats, "cache": _cache, "service": _service}
+    own_words = {"standin": _standin, "stats": _stats, "cache": _cache, "key": _key, "service": _service}
     if name in own_words:
         return own_words[name](rest)
     if name in _RESIDENCY:
@@ -338,6 +339,12 @@ def _cache(words: list[str]) -> int:
     return cache_cli.main(words, file or cache_file.default_path(os.environ))
 
 
+def _key(words: list[str]) -> int:
+    from portway.commands import keys
+
+    return keys.main(words, os.environ)
+
+
 def _show(text: str) -> int:
     print(text, end="")
     return OK
@@ -352,20 +359,13 @@ def _listen_elsewhere(config: Config, host: str | None, port: int | None) -> Con
     """`config` with the address of the command line, under the rule that the file is under."""
     from dataclasses import replace
 
-    if host is not None and not config.server.api_keys and not _is_loopback(host):
+    from portway.config import is_loopback
+
+    if host is not None and not config.server.api_keys and not is_loopback(host.lower()):
         raise _UsageError(f"--host {host}: other machines can reach it, and server.api_keys is empty")
     server = config.server
     server = replace(server, host=server.host if host is None else host, port=server.port if port is None else port)
     return replace(config, server=server)
-
-
-def _is_loopback(host: str) -> bool:
-    import ipaddress
-
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"
 
 
 # --- The options -----------------------------------------------------------------------------

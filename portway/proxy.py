@@ -16,7 +16,6 @@ import os
 import signal
 import socket
 import socketserver
-import sys
 import threading
 import time
 import traceback
@@ -29,24 +28,27 @@ from queue import Empty, SimpleQueue
 from typing import TYPE_CHECKING, Any, NamedTuple
 from urllib.parse import unquote
 
+from portway import descriptors, stderr
 from portway.answers import Found, Shared, fields_of
 from portway.cache.flights import Flights
 from portway.cache.rules import Control, parse_control
 from portway.cache.store import Cache
 from portway.call import ENDPOINTS, Endpoint
-from portway.config import ConfigError, ConfigWatcher
+from portway.config import ConfigError, ConfigWatcher, is_loopback
 from portway.errors import ClientError, ClientGone, PortwayError, Stopping
+from portway.fields import Mistake
 from portway.loop import HANGUP, POLLIN, Loop, Task
 from portway.memory import api as residency_api
 from portway.memory.measured import Notebook
 from portway.memory.measured import default_path as notebook_path
 from portway.memory.residency import Residency
 from portway.metrics import CONTENT_TYPE, Metrics
+from portway.quotas import Quotas, spent
 from portway.request import find_model, read_call
 from portway.routing import ChainExhausted, Cooling
 from portway.state import State, adjust, left_for_the_start, open_cache, open_log
 from portway.telemetry import Log, Record
-from portway.vitals import Vitals
+from portway.vitals import BRIEF, Vitals
 from portway.watch import ClientWatch
 from portway.wire.events import DONE, dumps, loads_object, sse
 from portway.wire.http1 import (
@@ -58,6 +60,7 @@ from portway.wire.http1 import (
     Request,
     RequestHead,
     as_client_error,
+    head_too_long,
     parse_request,
 )
 from portway.workers import InFlight, Workers
@@ -471,8 +474,8 @@ class Handler(BaseHTTPRequestHandler):
     def _begin(self) -> Request | None:
         """The next request, if it is all there and well; else `_reading` has what there is of it, if its head is in."""
         buffer = self._buffer
-        if buffer[:2] == b"\r\n":
-            buffer = self._buffer = buffer[2:]  # RFC 9112 section 2.2: one empty line before a request is let pass
+        while buffer[:2] == b"\r\n":
+            buffer = self._buffer = buffer[2:]  # RFC 9112 section 2.2: empty lines before a request are let pass
         end = buffer.find(b"\r\n\r\n")
         if end < 0:
             self._wait_for_head()
@@ -482,9 +485,11 @@ class Handler(BaseHTTPRequestHandler):
             envelope, length = daemon.heads.read(buffer[:end])
         except (BadMessage, ClientError):
             envelope, length = None, None  # once more, slowly, for what is to be said of it
-        rest = end + 4 + (length or 0)
+        if length is None:
+            length = (envelope and envelope.head.length) or 0
+        rest = end + 4 + length
         config = daemon.state.config.server
-        if envelope is None or envelope.head.chunked or len(buffer) < rest or (length or 0) > config.max_body:
+        if envelope is None or envelope.head.chunked or len(buffer) < rest or length > config.max_body:
             self._buffer = buffer[end + 4 :]
             self._began = time.monotonic()
             self.expires = self._began + config.body_timeout
@@ -496,7 +501,7 @@ class Handler(BaseHTTPRequestHandler):
     def _wait_for_head(self) -> None:
         config, now = self.server.daemon.state.config.server, time.monotonic()
         if len(self._buffer) > MAX_HEAD:
-            self._reading = Incoming.broken(BadMessage(f"the head is longer than {MAX_HEAD} bytes", 431))
+            self._reading = Incoming.broken(head_too_long())
         elif not self._buffer:
             self.expires = now + config.idle_timeout
         elif self.expires > now + config.header_timeout:
@@ -565,8 +570,9 @@ class Handler(BaseHTTPRequestHandler):
         if self.server.draining:
             raise Stopping
         self.envelope = envelope = request.envelope or read_envelope(request.head, request.cors)
-        if envelope.name not in _OPEN:
-            self.server.daemon.state.guards.check_key(envelope.head)
+        daemon = self.server.daemon
+        self._key = daemon.state.guards.admit(envelope.head, envelope.name, daemon.quotas)
+        self._record.key = self._key.name if self._key else ""
         if envelope.endpoint is not None:
             await self._complete(envelope.endpoint, request.body)
         else:
@@ -582,12 +588,13 @@ class Handler(BaseHTTPRequestHandler):
         state = self.server.daemon.state
         if len(raw) > LARGE:
             await self.watch.on_thread()  # what takes its time to be read must not keep the others waiting
-        call = read_call(endpoint, raw, state.config)
+        call = read_call(endpoint, raw, state.config, self._key)
         self._record.begin(call)
         if call.stream:
             self._stream = EventStream(self)
             self.watch.begin(state.config.server.heartbeat, self._stream.beat)
         envelope = self.envelope
+        self._call = call
         await state.answers.find(call, envelope.control, self.watch, self._relay, fallback=envelope.fallback)
 
     async def _relay(self, found: Found) -> None:
@@ -601,6 +608,8 @@ class Handler(BaseHTTPRequestHandler):
         finally:
             await found.close()
             self._record.found(found, stream.ttft if stream is not None else None)
+            if self._key is not None:
+                self.server.daemon.quotas.spend(self._key, spent(self._call, found))
 
     async def _respond_with(self, found: Found) -> None:
         body = found.body()
@@ -614,17 +623,19 @@ class Handler(BaseHTTPRequestHandler):
         """GET /v1/models."""
         state = self.server.daemon.state
         state.catalogue.refresh_soon()
-        cards = [state.card(model) for model in state.config.models.values()]
+        models = [model for model in state.config.models.values() if self._key is None or self._key.knows(model.name)]
+        cards = [state.card(model) for model in models]
         await self.respond(200, b"", dumps({"object": "list", "data": cards}))
 
     async def get_model(self, name: str) -> None:
         """GET /v1/models/{id}; an alias is one, too."""
         state = self.server.daemon.state
-        await self.respond(200, b"", dumps(state.card(find_model(name, state.config))))
+        await self.respond(200, b"", dumps(state.card(find_model(name, state.config, self._key))))
 
     async def get_health(self, _rest: str) -> None:
-        """GET /health."""
-        await self.respond(200, b"", dumps(self.server.daemon.health()))
+        """GET /health. To a client without a key, where there are keys, it tells no more than that all is well."""
+        knows = self.server.daemon.state.guards.may_know_all(self.head)
+        await self.respond(200, b"", dumps(self.server.daemon.health() if knows else BRIEF))
 
     async def get_metrics(self, _rest: str) -> None:
         """GET /metrics, for Prometheus."""
@@ -718,7 +729,6 @@ class Handler(BaseHTTPRequestHandler):
 
 
 _UNLOGGED = ("/health", "/metrics")
-_OPEN = ("get_health", "options")  # no key is needed for these
 
 
 def _is_ask(head: RequestHead) -> bool:
@@ -898,12 +908,13 @@ class Daemon:
         cache: Cache | None = None,
         notebook: Notebook | None = None,
     ) -> None:
-        self._say = say or _to_stderr
+        self._say = say or stderr.say
         self.log = log
         self.cache = cache
         self.residency = Residency(config, say=self._say, notebook=notebook)
         self._flights: Flights[Shared] = Flights()
         self._cooling = Cooling(config.cooldown)
+        self.quotas = Quotas()
         self._problem: str | None = None  # why the newest configuration is not in force
         self.state = self._build(config)
         self.heads = self._fresh_heads()
@@ -946,10 +957,17 @@ class Daemon:
         return ended
 
     def use(self, config: Config) -> None:
-        """Serve by another configuration from the next request on. The address stays the one it listens on."""
+        """Serve by another configuration from the next request on. The address stays the one it listens on.
+
+        Raises ConfigError for one that would leave an address open to everybody that others can reach.
+        """
+        if not config.server.api_keys and not is_loopback(self.state.config.server.host):
+            problem = f"empty, while it listens on {self.state.config.server.host}, which other machines can reach"
+            raise ConfigError(config.path, [Mistake("server.api_keys", problem, "a key, or a restart on loopback")])
         server = replace(config.server, host=self.state.config.server.host, port=self.state.config.server.port)
         config = replace(config, server=server)
         self.residency.adopt(config)
+        self.quotas.adopt(config.server.api_keys)
         old, self.state = self.state, self._build(config)
         self.heads = self._fresh_heads()
         adjust(config, self.log, self.cache)
@@ -1002,20 +1020,17 @@ class Daemon:
             self._say(line)
 
 
-def _to_stderr(text: str) -> None:
-    print(f"portway: {text}", file=sys.stderr, flush=True)
-
-
 def serve(config: Config, *, config_path: str | None, environ: Mapping[str, str]) -> int:
     """Serve until SIGTERM or SIGINT; reload on SIGHUP and when the file has changed. The exit code."""
+    descriptors.allow(config.server.max_connections)
     log, cache = open_log(config, environ), open_cache(config, environ)
     try:
         daemon = Daemon(config, log=log, cache=cache, notebook=Notebook(notebook_path(environ)))
     except OSError as exc:
-        _to_stderr(_cannot_listen(config.server.host, config.server.port, exc))
+        stderr.say(_cannot_listen(config.server.host, config.server.port, exc))
         return 1
     for warning in config.warnings:
-        _to_stderr(f"warning: {warning}")
+        stderr.say(f"warning: {warning}")
     events: SimpleQueue[str] = SimpleQueue()  # its put() may be called from a signal handler
     signal.signal(signal.SIGTERM, lambda *_: events.put("stop"))
     signal.signal(signal.SIGINT, lambda *_: events.put("stop"))
@@ -1024,7 +1039,7 @@ def serve(config: Config, *, config_path: str | None, environ: Mapping[str, str]
     gc.collect()
     gc.freeze()
     gc.set_threshold(YOUNG, 10, 10)
-    _to_stderr(f"listening on {daemon.url}/v1, configured by {config.path}")
+    stderr.say(f"listening on {daemon.url}/v1, configured by {config.path}")
     _attend(daemon, ConfigWatcher(config_path, environ), events)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)  # a second one ends it at once
     signal.signal(signal.SIGINT, signal.SIG_DFL)
@@ -1048,12 +1063,11 @@ def _attend(daemon: Daemon, watcher: ConfigWatcher, events: SimpleQueue[str]) ->
     while event != "stop":
         try:
             new = watcher.reload() if event else watcher.poll()
-        except ConfigError as exc:
-            daemon.refuse(str(exc))
-        else:
             if new is not None and (event != "start" or daemon.serves_other_than(new)):
                 daemon.use(new)
-                _to_stderr(f"configuration reloaded from {new.path}")
+                stderr.say(f"configuration reloaded from {new.path}")
+        except ConfigError as exc:
+            daemon.refuse(str(exc))
         try:
             event = events.get(timeout=WATCH_CONFIG)
         except Empty:

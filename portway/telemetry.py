@@ -19,7 +19,6 @@ import math
 import os
 import re
 import stat
-import sys
 import threading
 import time
 from collections import deque
@@ -29,6 +28,8 @@ from dataclasses import dataclass
 from functools import lru_cache
 from json.encoder import encode_basestring_ascii
 from typing import TYPE_CHECKING, Any
+
+from portway import stderr
 
 if TYPE_CHECKING:
     from portway.answers import Found
@@ -83,14 +84,15 @@ class Record:
     cache_hit: None = the cache was not asked. error: a code, never a message. cancelled_in: what the client
     left in: a phase (call.PHASES), "request" if it had not sent all of it, "stalled" if it did not read.
     host: the backend's, of several one that is not local; "" = not known. exit_code: None = made from the
-    status. body: the request as parsed, for its prompt's hash and size. document: an answer out of the cache,
-    whose sizes the writer takes from it. size: bytes of both.
+    status. key: what the client's key is called. body: the request as parsed, for its prompt's hash and size.
+    document: an answer out of the cache, whose sizes the writer takes from it. size: bytes of both.
     """
 
     ts: float
     started: float
     client: str = ""
     endpoint: str = ""
+    key: str = ""
     id: str = ""
     model: str = ""
     stream: bool = False
@@ -222,6 +224,7 @@ def line(record: Record, price: Price) -> bytes:
         _measure(record)
     text = (
         f'{{"ts":"{iso_time(record.ts)}","id":{_text(record.id)},"client":{_text(record.client)}'
+        f',"key":{_text(record.key)}'
         f',"endpoint":{_text(record.endpoint)},"model":{_text(record.model)},"served_by":{_text(record.served_by)}'
         f',"local":{_WORDS[is_local(record.host) if record.host else None]},"stream":{_WORDS[record.stream]}'
         f',"status":{record.status},"exit_code":{record.outcome},"error":{_text(record.error)}'
@@ -360,7 +363,7 @@ class Log:
         write: Callable[[int, bytes], int] = os.write,
     ) -> None:
         self.price = price or Price()
-        self._say = say or _to_stderr
+        self._say = say or stderr.say
         self._retry_after = retry_after
         self._changed = threading.Condition()  # its lock guards everything down to the blank line
         self._waiting: deque[Record] = deque()
@@ -493,10 +496,6 @@ class Log:
         with self._changed:
             self._dropped += count + len(self._waiting)
             self._waiting.clear()
-
-
-def _to_stderr(text: str) -> None:
-    print(f"portway: {text}", file=sys.stderr, flush=True)
 
 
 # --- The file --------------------------------------------------------------------------------

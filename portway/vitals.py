@@ -19,6 +19,9 @@ if TYPE_CHECKING:
     from portway.workers import InFlight
 
 
+BRIEF = {"status": "ok", "version": __version__}  # what anybody may know
+
+
 class Serving(Protocol):
     """What of the server is worth telling."""
 
@@ -52,8 +55,7 @@ class Vitals:
         """For /health, the configuration's own part left out."""
         cooling = sorted(self._cooling.cooling().items())
         return {
-            "status": "ok",
-            "version": __version__,
+            **BRIEF,
             "uptime_s": round(time.time() - self._started, 1),
             "in_flight": self._server.in_flight.count,
             "connections": self._server.connections,

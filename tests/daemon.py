@@ -144,7 +144,7 @@ class DaemonProcess(_Running):
     def lines(self) -> list[str]:
         """The lines of its log of requests."""
         path = Path(self._folder.name) / ".local" / "share" / "portway" / "log.jsonl"
-        return path.read_text(encoding="utf-8").splitlines()
+        return path.read_text(encoding="utf-8").splitlines() if path.exists() else []
 
     @property
     def pid(self) -> int:

@@ -414,9 +414,10 @@ def _read_request(reader: _Reader, connection: ScriptedConnection) -> ScriptedRe
     line = reader.line()
     if line is None:
         return None
-    method, path, _ = line.decode("latin-1").split(" ", 2)
+    method, _, rest = line.decode("latin-1").partition(" ")
+    path, _, version = rest.partition(" ")
     headers = _read_headers(reader)
-    if headers is None:
+    if headers is None or not version:
         return None
     if any(name.lower() == "expect" for name, _ in headers):
         connection.sock.sendall(b"HTTP/1.1 100 Continue\r\n\r\n")

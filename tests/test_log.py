@@ -60,7 +60,7 @@ kind = "ollama"
 url = "{url}"
 """
 FIELDS = {
-    "ts", "id", "client", "endpoint", "model", "served_by", "local", "stream", "status", "exit_code", "error",
+    "ts", "id", "client", "key", "endpoint", "model", "served_by", "local", "stream", "status", "exit_code", "error",
     "cache_hit", "demoted", "attempts", "prompt_hash", "prompt_chars", "response_chars", "prompt_tokens",
     "completion_tokens", "truncated", "cancelled_in", "latency_s", "queue_s", "load_s", "ttft_s", "decode_tps",
     "overhead_ms", "saved_usd",

@@ -1,5 +1,6 @@
 """telemetry.py: what a line says, the queue, and the file under several processes, full disks and kill -9."""
 
+import contextlib
 import gzip
 import hashlib
 import json
@@ -97,7 +98,7 @@ class Lines(unittest.TestCase):
         """The names are public; a line has all of them, with null for what is not known."""
         names = """ts model served_by prompt_hash prompt_chars response_chars latency_s cache_hit demoted exit_code id
             client endpoint stream status error attempts queue_s load_s ttft_s decode_tps overhead_ms prompt_tokens
-            completion_tokens truncated cancelled_in saved_usd local"""
+            completion_tokens truncated cancelled_in saved_usd local key"""
         self.assertEqual(set(names.split()), set(json.loads(line(Record(0.0, 0.0), Price()))))
 
     def test_ts_leads_and_sorts_as_text(self):
@@ -575,7 +576,8 @@ class SeveralProcesses(InAFolder):
             self.release(doomed)
             size = -1
             while size < 5_000 and doomed.poll() is None:
-                size = os.stat(self.path).st_size if os.path.exists(self.path) else -1
+                with contextlib.suppress(FileNotFoundError):  # it is being rotated
+                    size = os.stat(self.path).st_size
             doomed.send_signal(signal.SIGKILL)
             doomed.wait(PATIENCE)
             file = LogFile(self.path, 10_000, 1000)

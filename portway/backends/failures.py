@@ -17,6 +17,7 @@ from portway.errors import BackendError
 if TYPE_CHECKING:
     from portway.config import Backend
 
+KEY = "[api_key]"  # stands in for a backend's key in what it says
 MAX_MESSAGE = 2000  # characters of a backend's own words that are passed on
 
 # Statuses that need no words. 402: out of credit, so nothing on this backend will work; 529: overloaded.
@@ -110,6 +111,9 @@ def classify(
     of the model. retry_after: seconds from the Retry-After header. body: the answer's body; kept only
     where it is to be forwarded as it came (bad_request).
     """
+    if backend.api_key is not None:  # some servers quote it
+        message = message.replace(backend.api_key, KEY)
+        body = body and body.replace(backend.api_key.encode(), KEY.encode())
     words = f"{message} {type or ''}".lower()
     message = _clean(message) or f"Backend '{backend.name}' answered {status} and gave no reason."
     reason, detail = _reason(status, words)

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import os
 import sqlite3
-import sys
 import threading
 import time
 import zlib
@@ -18,6 +17,7 @@ from collections.abc import Callable
 from contextlib import closing
 from dataclasses import dataclass
 
+from portway import stderr
 from portway.cache.file import CacheFile, Counts, Readers, Row, Stats, Unusable, describe, is_corrupt, set_aside
 from portway.wire.events import WireError
 
@@ -121,7 +121,7 @@ class Cache:
         self.path = os.path.abspath(path)
         self._max_size = max_size
         self._lifetime = lifetime
-        self._say = say or _to_stderr
+        self._say = say or stderr.say
         self.notice = ""  # what has happened to the file though it works now; "" = nothing
         self._changed = threading.Condition()  # its lock guards everything down to the blank line
         self._answers: dict[bytes, _Waiting] = {}
@@ -439,7 +439,3 @@ class Cache:
 
 def _row(key: bytes, entry: Entry | None) -> Row | None:
     return Row(key, entry.served_by, entry.stored_at, entry.warning, entry.document) if entry else None
-
-
-def _to_stderr(text: str) -> None:
-    print(f"portway: {text}", file=sys.stderr, flush=True)

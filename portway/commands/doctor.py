@@ -22,9 +22,11 @@ from portway import __version__, config, telemetry
 from portway.cache import file as cache_file
 from portway.commands import first_config, holder, probe
 from portway.commands.doctor_backends import Seen, Verdict, look_at, verdicts
+from portway.keys import plain
 from portway.memory import machine as memory
 from portway.memory import measured
 from portway.memory.fits import Footprint, gb
+from portway.vitals import BRIEF
 
 SEVERITIES = ("ok", "note", "warning", "error")
 EXIT_CODES = {"ok": 0, "note": 0, "warning": 3, "error": 1}  # 2 is the command line's
@@ -167,12 +169,12 @@ def _health(loaded: config.Config, machine: Machine) -> Mapping[str, Any] | None
     if loaded.server.port == 0:
         return None
     try:
-        told = machine.ask(_url(loaded), "/health")
+        told = machine.ask(_url(loaded), "/health", key=plain(loaded.server.api_keys, machine.environ) or None)
     except ConnectionRefusedError:
         return None
     except OSError:
         return {}
-    return told.value if "in_flight" in told.value else {}
+    return told.value if "in_flight" in told.value or set(told.value) == set(BRIEF) else {}
 
 
 def _url(loaded: config.Config) -> str:
@@ -198,6 +200,8 @@ def _running(loaded: config.Config, health: Mapping[str, Any]) -> Iterator[Findi
     """What the running daemon itself knows to be wrong."""
     if health.get("version") != __version__:
         yield Finding("note", "daemon", f"this is Portway {__version__}, another one is running", "restart it")
+    if "in_flight" not in health:
+        yield Finding("note", "daemon", "it says no more of itself to whoever has no key", "set PORTWAY_API_KEY")
     its = health.get("config")
     its = its if isinstance(its, dict) else {}
     if its.get("problem"):

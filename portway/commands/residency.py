@@ -7,11 +7,14 @@ from __future__ import annotations
 
 import http.client
 import json
+import os
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from portway.keys import plain
 from portway.memory.footprint import shown
+from portway.stderr import printable
 
 if TYPE_CHECKING:
     from portway.config import Config
@@ -87,7 +90,7 @@ def main(command: str, words: Sequence[str], config: Config) -> int:
         print(f"portway {command}: {exc}; see `portway {command} --help`", file=sys.stderr)
         return USAGE
     except Refused as exc:
-        print(f"portway {command}: {exc}", file=sys.stderr)
+        print(f"portway {command}: {printable(str(exc))}", file=sys.stderr)
         return FAILED
     except (OSError, http.client.HTTPException) as exc:
         where = f"{config.server.host}:{config.server.port}"
@@ -124,7 +127,8 @@ class Daemon:
         server = config.server
         self._host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(server.host, server.host)  # noqa: S104 - not bound to
         self._port = server.port
-        self._headers = {"Authorization": f"Bearer {server.api_keys[0]}"} if server.api_keys else {}
+        key = plain(server.api_keys, os.environ)
+        self._headers = {"Authorization": f"Bearer {key}"} if key else {}
 
     def get(self, path: str) -> Any:
         """The JSON at `path`. Raises Refused, OSError and HTTPException."""
@@ -183,7 +187,7 @@ def _ps(said: Mapping[str, Any]) -> Iterator[str]:
         yield f"{wish['model']} waits for {wish['for']}, {wish['seconds']:.0f} s so far"
     for name, backend in said["backends"].items():
         if backend["problem"]:
-            yield f"backend {name}: {backend['problem']}; its models are not minded"
+            yield printable(f"backend {name}: {backend['problem']}; its models are not minded")
 
 
 def _bar(memory: Mapping[str, Any]) -> str:
@@ -236,4 +240,5 @@ def _span(seconds: float | None) -> str:
 def _table(head: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> Iterator[str]:
     widths = [max(map(len, column)) for column in zip(head, *rows, strict=True)]
     for row in (head, *rows):
-        yield "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
+        line = "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True))
+        yield printable(line.rstrip())

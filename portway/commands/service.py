@@ -257,10 +257,14 @@ def _collect(value: Any, found: list[str]) -> None:
     if isinstance(value, dict):
         for key, item in value.items():
             if key in ("api_key", "api_keys"):
-                keys = item if isinstance(item, list) else [item]
+                keys = [key.get("key") if isinstance(key, dict) else key for key in _listed(item)]
                 found += [key[4:] for key in keys if isinstance(key, str) and re.fullmatch(r"env:[A-Za-z_]\w*", key)]
             else:
                 _collect(item, found)
+
+
+def _listed(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else [value]
 
 
 def _job(system: System, paths: _Paths, served: config.Config, asked: str | None) -> Job:

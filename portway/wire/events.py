@@ -41,7 +41,15 @@ def _finite(text: str) -> float:
     return value
 
 
-_DECODER = json.JSONDecoder(parse_constant=_refuse_constant, parse_float=_finite)
+def _unique(members: list[tuple[str, Any]]) -> dict[str, Any]:
+    """An object. A name that stands in it twice means one thing here and another in whatever reads it next."""
+    value = dict(members)
+    if len(value) != len(members):
+        raise ValueError("a name stands twice in one object")
+    return value
+
+
+_DECODER = json.JSONDecoder(parse_constant=_refuse_constant, parse_float=_finite, object_pairs_hook=_unique)
 _FAST_DECODER = json.JSONDecoder(parse_constant=_refuse_constant)  # no call a float: embeddings hold a million
 # made once: json.dumps() makes a new encoder for each call that is not all defaults, half the time of a small one
 _encode = json.JSONEncoder(ensure_ascii=False, separators=(",", ":")).encode
@@ -51,8 +59,8 @@ _encode_ascii = json.JSONEncoder(separators=(",", ":")).encode
 def loads_object(data: bytes) -> dict[str, Any]:
     """A request body as a dict. Raises ClientError (400) that says what is wrong and where.
 
-    Strict UTF-8 JSON with an object at the top. One leading byte order mark is skipped (RFC 8259,
-    section 8.1, allows that; PowerShell writes it). No message quotes the body.
+    Strict UTF-8 JSON with an object at the top, and no name twice in an object. One leading byte order mark is
+    skipped (RFC 8259, section 8.1, allows that; PowerShell writes it). No message quotes the body.
     """
     data = data.removeprefix(_BOM)
     if not data or data.isspace():

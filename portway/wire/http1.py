@@ -25,7 +25,7 @@ MAX_EXTENSIONS = 65_536  # bytes of all chunk extensions of one body; nobody use
 
 _TOKEN = b"!#$%&'*+-.^_`|~0123456789ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz"
 _TEXT = bytes(b for b in range(256) if b == 0x09 or (b >= 0x20 and b != 0x7F))  # what a field's value may hold
-_TARGET = bytes(range(0x21, 0x7F))
+_TARGET = bytes(set(range(0x21, 0x7F)) - {ord("#")})  # a fragment stays with the client
 _HEX = b"0123456789abcdefABCDEF"
 _FIELD = re.compile(rb"[%b]+:[^\x00-\x08\x0a-\x1f\x7f]*" % re.escape(_TOKEN))
 _STATUS_LINE = re.compile(rb"HTTP/1\.([01]) ([1-5][0-9][0-9])(?: [^\x00-\x08\x0a-\x1f\x7f]*)?")
@@ -74,13 +74,20 @@ class ResponseHead(NamedTuple):
 
 def parse_request(head: bytes) -> RequestHead:
     """Read a request's head: everything up to and without the empty line. Raises BadMessage."""
+    if len(head) > MAX_HEAD:
+        raise head_too_long()
     line, _, block = head.partition(b"\r\n")
     method, path, query, minor = _request_line(line)
     headers = _fields(block)
     length, chunked = _framing(headers, minor)
-    if minor and "host" not in headers:
-        raise BadMessage("the Host header is missing")
+    if not headers.get("host") and (minor or "host" in headers):
+        raise BadMessage("the Host header is missing or empty")
     return RequestHead(method, path, query, minor, headers, length, chunked, _keeps_alive(headers, minor))
+
+
+def head_too_long() -> BadMessage:
+    """What is said of a head beyond MAX_HEAD, whether its end is in or not."""
+    return BadMessage(f"the head is longer than {MAX_HEAD} bytes", 431)
 
 
 def parse_response(head: bytes) -> ResponseHead:
@@ -117,8 +124,8 @@ class Heads(Generic[H]):
         self._kinds: dict[bytes, H] = {}
 
     def read(self, head: bytes) -> tuple[H, int | None]:
-        """(the kind, made with a Content-Length of 0 if there is one; the real Content-Length, None if there is
-        none). Raises what `make` does."""
+        """(the kind, made with a Content-Length of 0 if there is one written as usual; the real one, None where there
+        is none so written: then the kind's own counts). Raises what `make` does."""
         found = _LENGTH.search(head)
         if found is None:
             length, kind = None, head
@@ -192,6 +199,15 @@ def _framing(headers: dict[str, str], minor: int) -> tuple[int | None, bool]:
     if not (length.isascii() and length.isdigit() and len(length) <= 18):
         raise BadMessage("Content-Length is not a number")
     return int(length), False
+
+
+def field_lines(headers: Mapping[str, str]) -> list[str]:
+    """Header fields as they are sent, each with its line end. A value stays on its line, whatever it holds."""
+    return [f"{name}: {value if value.isprintable() else _on_one_line(value)}\r\n" for name, value in headers.items()]
+
+
+def _on_one_line(value: str) -> str:
+    return "".join(char if char.isprintable() else " " for char in value)
 
 
 def _keeps_alive(headers: dict[str, str], minor: int) -> bool:
