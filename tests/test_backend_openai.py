@@ -298,7 +298,7 @@ class RelayTest(unittest.TestCase):
         each = relay()
         good = json.dumps(delta(content="a")).encode()
         each.frame(good)
-        for junk in (good[:-1], good.replace(b'"delta": {"content": "a"}', b'"delta": 5')):
+        for junk in (good.replace(b'"delta": {', b'"delta" {'), good.replace(b'{"content": "a"}', b"5")):
             self.assertIsNotNone(each.quick(junk))
         self.assertIsNotNone(each.quick(good))
         each.count()
@@ -331,8 +331,21 @@ class RelayTest(unittest.TestCase):
                 dump({**ordinary, "error": {"message": "x"}}),
                 json.dumps(ordinary, indent=1),
                 f"[{dump(ordinary)}]",
+                dump(ordinary)[:-1],
             ):
                 self.assertIsNone(each.quick(data.encode()))
+
+    def test_half_a_character(self):
+        """Text beyond ASCII goes the quick way as long as it is UTF-8; half of a character is a broken answer."""
+        each = relay()
+        each.frame(json.dumps(delta(content="a")).encode())
+        whole = json.dumps(delta(content="d\u00e9j\u00e0"), ensure_ascii=False).encode()
+        half = whole.replace("\u00e0".encode(), "\u00e0".encode()[:1])
+        self.assertIsNotNone(each.quick(whole))
+        self.assertIsNone(each.quick(half))
+        with self.assertRaises(BackendError) as caught:
+            each.frame(half)
+        self.assertEqual("bad_answer", caught.exception.reason)
 
     def test_several_lines_of_data(self):
         """An event of several data lines comes out as one line."""

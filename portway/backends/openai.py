@@ -314,7 +314,9 @@ class _Relay:
                 return None
         if not self._needles or b'"error"' in data or b'"reasoning' in data or data.count(self._old_model) != 1:
             return None
-        if (b'"usage"' in data) is not self._null_usage or b"\n" in data or data[0] != 0x7B:
+        if (b'"usage"' in data) is not self._null_usage or b"\n" in data or data[0] != 0x7B or data[-1] != 0x7D:
+            return None
+        if not (data.isascii() or _is_utf8(data)):
             return None
         if self._kept_bytes < MAX_KEPT:
             self._kept.append(data)
@@ -423,6 +425,14 @@ class _Relay:
         self._needles = tuple(needle for needle in needles if needle is not None)
         self._old_model = self._needles[2]
         self._new_model = b'"model":' + dumps(self._target.name)
+
+
+def _is_utf8(data: bytes) -> bool:
+    try:
+        data.decode()
+    except UnicodeDecodeError:
+        return False
+    return True
 
 
 def _member(data: bytes, key: str, value: Any) -> bytes | None:
