@@ -356,6 +356,20 @@ def counts(pid: int) -> Counts:
     return Counts(found.get("Threads"), fds, found.get("VmRSS", 0) * 1024)
 
 
+def open_files(pid: int) -> list[str]:
+    """What each descriptor of a process is; [] where the system doesn't tell."""
+    found = []
+    try:
+        for descriptor in Path(f"/proc/{pid}/fd").iterdir():
+            try:
+                found.append(str(descriptor.readlink()))
+            except FileNotFoundError:
+                pass  # closed meanwhile
+    except OSError:
+        return []
+    return found
+
+
 def wait_for(done: Callable[[], bool], what: Callable[[], str], timeout: float = PATIENCE) -> None:
     """Wait until `done()`, by asking it again and again. Raises AssertionError with `what()`."""
     until = time.monotonic() + timeout
