@@ -487,7 +487,10 @@ class Log:
 
 
 def _to_stderr(text: str) -> None:
-    print(f"portway: {text}", file=sys.stderr, flush=True)
+    try:
+        print(f"portway: {text}", file=sys.stderr, flush=True)
+    except OSError:
+        pass  # it is a file on the disk that is full, say: nobody can be told
 
 
 # --- The file --------------------------------------------------------------------------------

@@ -429,4 +429,7 @@ def _row(key: bytes, entry: Entry | None) -> Row | None:
 
 
 def _to_stderr(text: str) -> None:
-    print(f"portway: {text}", file=sys.stderr, flush=True)
+    try:
+        print(f"portway: {text}", file=sys.stderr, flush=True)
+    except OSError:
+        pass  # it is a file on the disk that is full, say: nobody can be told
