@@ -41,7 +41,7 @@ class Vitals:
         self._residency = residency
         self._log = log
         self._cache = cache
-        self._started = time.time()
+        self._started = time.monotonic()
 
     def health(self, state: State) -> dict[str, Any]:
         """For /health, the configuration's own part left out."""
@@ -49,7 +49,7 @@ class Vitals:
         return {
             "status": "ok",
             "version": __version__,
-            "uptime_s": round(time.time() - self._started, 1),
+            "uptime_s": round(time.monotonic() - self._started, 1),
             "in_flight": self._server.in_flight.count,
             "connections": self._server.connections,
             "unreachable": {name: error.message for name, error in state.catalogue.problems().items()},
