@@ -28,6 +28,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import replace
 from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from itertools import islice
 from queue import Empty, SimpleQueue
 from typing import TYPE_CHECKING, Any
 from urllib.parse import unquote
@@ -63,6 +64,7 @@ MAX_PIPELINED = 262_144  # bytes read ahead while an answer is under way
 WATCH_CONFIG = 1.0  # seconds between two looks at the configuration file
 CLOSE_ASIDE = 2.0  # seconds given to the log's last lines at the end, and to the cache's last answers
 LAST_WORDS = 1.0  # seconds for cut requests to tell their clients and the log
+FRESH = 0.5  # seconds for which a connection without a request makes no room for others
 GOODBYE = 1.0  # seconds for a refused client to read why before its connection is reset
 
 # --- the routes -----------------------------------------------------------------------------------
@@ -260,6 +262,13 @@ class Handler(BaseHTTPRequestHandler):
             self.connection.shutdown(socket.SHUT_RD)  # wakes the worker's wait; it can still write
         except OSError:
             pass  # it has just ended by itself
+
+    @property
+    def is_idle(self) -> bool:
+        """Whether nothing of a further request has come in."""
+        poller = select.poll()
+        poller.register(self.connection, select.POLLIN)
+        return not self._buffer and self._reading is None and not poller.poll(0)
 
     def time_out(self) -> None:
         """Close; with a 408 if it took too long in the middle of a request."""
@@ -702,8 +711,9 @@ class Server(ThreadingHTTPServer):
         if source is self.socket:
             self._accept()
         elif handler is not None:
-            self._unpark(handler)
-            self.workers.submit(handler.work)
+            if self._is_parked(handler):  # else it was evicted by an accept() that came first in this round
+                self._unpark(handler)
+                self.workers.submit(handler.work)
         else:
             self._take_arrivals()
 
@@ -724,6 +734,9 @@ class Server(ThreadingHTTPServer):
             self._parked[handler.connection.fileno()] = handler
             self._selector.register(handler.connection, selectors.EVENT_READ, handler)
 
+    def _is_parked(self, handler: Handler) -> bool:
+        return self._parked.get(handler.connection.fileno()) is handler
+
     def _unpark(self, handler: Handler) -> None:
         self._selector.unregister(handler.connection)
         del self._parked[handler.connection.fileno()]
@@ -735,8 +748,12 @@ class Server(ThreadingHTTPServer):
             handler.time_out()
 
     def _evict(self, count: int) -> bool:
-        """Close connections that have been idle longest, to make room; whether there were any."""
-        victims = sorted(self._parked.values(), key=lambda handler: handler.expires)[:count]
+        """Close connections that have been idle longest, to make room; whether there were any. One on which a
+        request has come, or which is so new that one is on its way, is not idle: it would be reset unread."""
+        latest = time.monotonic() + self.daemon.state.config.server.idle_timeout - FRESH
+        longest_first = sorted(self._parked.values(), key=lambda handler: handler.expires)
+        idle = (handler for handler in longest_first if handler.expires <= latest and handler.is_idle)
+        victims = list(islice(idle, count))
         for handler in victims:
             self._unpark(handler)
             handler.close()
@@ -793,7 +810,7 @@ class Daemon:
         """Accept connections, on a thread of its own."""
         self._thread.start()
         self.residency.start()
-        threading.Thread(target=self._look_around, name="portway-catalogue", daemon=True).start()
+        self._look_around_soon()
 
     def stop(self, drain: float | None = None) -> bool:
         """Take no more, let requests in flight end for `drain` seconds (default: server.drain), close.
@@ -822,7 +839,7 @@ class Daemon:
         self._problem = None
         self.metrics.use(config.models)
         old.close()
-        threading.Thread(target=self._look_around, name="portway-catalogue", daemon=True).start()
+        self._look_around_soon()
 
     def serves_other_than(self, config: Config) -> bool:
         """Whether `config` would change anything: the file may have been written while we started."""
@@ -848,6 +865,12 @@ class Daemon:
     def _build(self, config: Config) -> State:
         return State.of(config, self._cooling, self.cache, self._flights, self.residency)
 
+    def _look_around_soon(self) -> None:
+        try:
+            threading.Thread(target=self._look_around, name="portway-catalogue", daemon=True).start()
+        except RuntimeError as exc:  # the system has none left; GET /v1/models asks again
+            self._say(f"the backends were not asked for their models: {exc}")
+
     def _look_around(self) -> None:
         """Ask the backends what they have, and say what is missing."""
         catalogue = self.state.catalogue
@@ -857,7 +880,10 @@ class Daemon:
 
 
 def _to_stderr(text: str) -> None:
-    print(f"portway: {text}", file=sys.stderr, flush=True)
+    try:
+        print(f"portway: {text}", file=sys.stderr, flush=True)
+    except OSError:
+        pass  # it is a file on the disk that is full, say: nobody can be told
 
 
 def serve(config: Config, *, config_path: str | None, environ: Mapping[str, str]) -> int:
