@@ -24,6 +24,8 @@ from pathlib import Path
 from typing import Any, NamedTuple, Self
 
 ROOT = Path(__file__).resolve().parent.parent.parent
+# `portway` as a service runs it. $PORTWAY_TORTURED is another one to torture: a zipapp, or a changed copy
+PROGRAM = (sys.executable, "-I", "-S", os.environ.get("PORTWAY_TORTURED") or str(ROOT / "portway"))
 PATIENCE = 30.0  # seconds that anything may take here
 END = 10.0  # seconds a process has between SIGTERM and SIGKILL
 SETTLED = 10.0  # seconds that threads and descriptors have to go back to what they were
@@ -31,7 +33,8 @@ SETTLED = 10.0  # seconds that threads and descriptors have to go back to what t
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One attack or fault. tries: how often it was tried; held: how often all was as it should be."""
+    """One attack or fault. tries: how often it was tried, 0 = it can't be here, and `note` says why; held: how often
+    all was as it should be."""
 
     name: str
     tries: int
@@ -40,8 +43,8 @@ class Row:
 
     @property
     def holds(self) -> bool:
-        """Whether it was tried, and held each time."""
-        return 0 < self.tries == self.held
+        """Whether it held each time that it was tried."""
+        return self.tries == self.held
 
 
 class Counts(NamedTuple):
@@ -68,10 +71,10 @@ class Answer(NamedTuple):
 class Process:
     """A process of ours: started with `command`, its output in a file, ended with the block."""
 
-    def __init__(self, command: Sequence[str], folder: Path, name: str, *, limits: Sequence[str] = ()) -> None:
+    def __init__(self, command: Sequence[str], folder: Path, name: str) -> None:
         self.name = name
         self.log = folder / f"{name}.log"
-        self._command = [*limits, *command]
+        self._command = list(command)
         self._environ = {
             **{name: value for name, value in os.environ.items() if not name.startswith("PORTWAY_")},
             **dict.fromkeys(("XDG_DATA_HOME", "XDG_CACHE_HOME", "XDG_CONFIG_HOME"), ""),
@@ -169,8 +172,7 @@ class StandInProcess(Process):
 
     def start(self) -> None:
         """Start it, again on the same port if it had one, and wait until it listens."""
-        program = [sys.executable, "-I", "-S", str(ROOT / "portway")]
-        self._command = [*program, "standin", "--port", str(self.port), *self._args]
+        self._command = [*PROGRAM, "standin", "--port", str(self.port), *self._args]
         super().start()
         self.port = int(self.wait_for(r"listening on http://127\.0\.0\.1:(\d+)"))
 
@@ -179,34 +181,33 @@ class PortwayProcess(Process):
     """`portway serve`, isolated as a service would run it, with a home of its own in `folder`/`name`.
 
     toml: its models.toml; write to `configuration` to change it. limits: words in front of the command, as
-    ["prlimit", "--nofile=64"].
+    ["prlimit", "--nofile=64"]. program: what is run instead of `python -I -S portway`, up to its arguments.
     """
 
-    def __init__(self, folder: Path, toml: str, name: str = "portway", *, limits: Sequence[str] = ()) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        toml: str,
+        name: str = "portway",
+        *,
+        limits: Sequence[str] = (),
+        program: Sequence[str] = PROGRAM,
+    ) -> None:
         self.home = folder / name
         self.home.mkdir(exist_ok=True)
         self.configuration = self.home / "models.toml"
         self.configuration.write_text(toml, encoding="utf-8")
+        self.log_file = self.home / ".local" / "share" / "portway" / "log.jsonl"  # where its requests' lines go
+        self.cache_file = self.home / ".cache" / "portway" / "cache.sqlite3"
         self.port = 0
-        super().__init__([], self.home, name, limits=limits)
-        self._limits = list(limits)
+        super().__init__([], self.home, name)
+        self._begin = [*limits, *program]
 
     def start(self) -> None:
         """Start it, again on the same port if it had one, and wait until it listens."""
-        program = [sys.executable, "-I", "-S", str(ROOT / "portway"), "serve"]
-        self._command = [*self._limits, *program, "--config", str(self.configuration), "--port", str(self.port)]
+        self._command = [*self._begin, "serve", "--config", str(self.configuration), "--port", str(self.port)]
         super().start()
         self.port = int(self.wait_for(r"listening on http://127\.0\.0\.1:(\d+)"))
-
-    @property
-    def log_file(self) -> Path:
-        """Where its lines about requests go."""
-        return self.home / ".local" / "share" / "portway" / "log.jsonl"
-
-    @property
-    def cache_file(self) -> Path:
-        """Where its cache lies."""
-        return self.home / ".cache" / "portway" / "cache.sqlite3"
 
     def lines(self) -> list[dict[str, Any]]:
         """The lines of its log of requests so far. Raises ValueError if one is not whole."""

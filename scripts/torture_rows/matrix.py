@@ -187,7 +187,7 @@ class Matrix:
     def _run(self, stage: Stage, portway: PortwayProcess) -> None:
         _use_all_places(stage.first, portway)
         wait_for(lambda: len(portway.lines()) == PLACES * len(KINDS), lambda: "requests are missing in the log")
-        _let_go(portway)
+        reload(portway)
         before = _held(portway)
         table = contract()
         with ThreadPoolExecutor(AT_ONCE) as pool:
@@ -296,8 +296,9 @@ def _ask_at(port: int, model: str, number: int, answers: list[str]) -> None:
         answers.append(client.chat(model, f"number {number}").text)
 
 
-def _let_go(portway: PortwayProcess) -> None:
-    """Have it close the connections that it keeps to its backends: a reload does, once they are not in use."""
+def reload(portway: PortwayProcess) -> None:
+    """Have it read its configuration again, and wait until it has. It then closes the connections that it keeps to
+    its backends, once they are not in use."""
     before = portway.said.count("configuration reloaded")
     with portway.configuration.open("a", encoding="utf-8") as file:
         file.write("# again\n")
@@ -323,7 +324,7 @@ def _held(portway: PortwayProcess) -> Held:
 
 def _holds_no_more(portway: PortwayProcess, before: Held, stage: Stage) -> None:
     stage.end_the_incurable()  # a reload asks every backend for its models
-    _let_go(portway)
+    reload(portway)
 
     def is_settled() -> bool:
         now = _held(portway)

@@ -120,6 +120,10 @@ class Speech:
         """Its beginning, chunked: "before" any content, "inside" the first of it, "after" some of it."""
         return self.head() + self.parts_until(place)
 
+    def rest_after(self) -> bytes:
+        """What a stream goes on with after `until("after")`."""
+        return chunked([*self.contents[2:], *self.closing]) + LAST_CHUNK
+
     def parts_until(self, place: str) -> bytes:
         """The same without the head."""
         if not self.order.is_streamed:
