@@ -13,6 +13,7 @@ from __future__ import annotations
 import errno
 import gc
 import os
+import select
 import signal
 import socket
 import socketserver
@@ -24,6 +25,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import replace
 from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from itertools import islice
 from queue import Empty, SimpleQueue
 from typing import TYPE_CHECKING, Any, NamedTuple
 from urllib.parse import unquote
@@ -78,6 +80,7 @@ WATCH_CONFIG = 1.0  # seconds between two looks at the configuration file
 CLOSE_ASIDE = 2.0  # seconds given to the log's last lines at the end, and to the cache's last answers
 LARGE = 1_048_576  # bytes of a request that is read on a worker
 LAST_WORDS = 1.0  # seconds for cut requests to tell their clients and the log
+FRESH = 0.5  # seconds for which a connection without a request makes no room for others
 GOODBYE = 1.0  # seconds for a refused client to read why before its connection is reset
 
 # --- the routes -----------------------------------------------------------------------------------
@@ -417,6 +420,13 @@ class Handler(BaseHTTPRequestHandler):
     def is_idle(self) -> bool:
         """Whether no request is under way or waits for its turn."""
         return not (self.task.busy or self.waiting)
+
+    @property
+    def is_silent(self) -> bool:
+        """Whether nothing of a further request has come."""
+        poller = select.poll()
+        poller.register(self.connection, select.POLLIN)
+        return not self._is_coming_in and not poller.poll(0)
 
     def time_out(self) -> None:
         """Close; with a 408 if it took too long in the middle of a request."""
@@ -885,9 +895,11 @@ class Server(ThreadingHTTPServer):
             self._listen_again()  # the descriptor may be another's that has ended
 
     def _evict(self, count: int) -> bool:
-        """Close connections that have been idle longest, to make room; whether there were any."""
-        idle = (handler for handler in self._open if handler.is_idle)
-        victims = sorted(idle, key=lambda handler: handler.expires)[:count]
+        """Close connections that have been idle longest, to make room; whether there were any. One on which a
+        request has come, or which is so new that one is on its way, is not idle: it would be reset unread."""
+        latest = time.monotonic() + self.daemon.state.config.server.idle_timeout - FRESH
+        longest_first = sorted((each for each in self._open if each.is_idle), key=lambda handler: handler.expires)
+        victims = list(islice((each for each in longest_first if each.expires <= latest and each.is_silent), count))
         for handler in victims:
             handler.time_out()
         return bool(victims)
@@ -938,7 +950,7 @@ class Daemon:
         """Accept connections, on a thread of its own."""
         self._thread.start()
         self.residency.start()
-        threading.Thread(target=self._look_around, name="portway-catalogue", daemon=True).start()
+        self._look_around_soon()
 
     def stop(self, drain: float | None = None) -> bool:
         """Take no more, let requests in flight end for `drain` seconds (default: server.drain), close.
@@ -976,7 +988,7 @@ class Daemon:
         self._problem = None
         self.metrics.use(config.models)
         old.close()
-        threading.Thread(target=self._look_around, name="portway-catalogue", daemon=True).start()
+        self._look_around_soon()
 
     def serves_other_than(self, config: Config) -> bool:
         """Whether `config` would change anything: the file may have been written while we started."""
@@ -1011,6 +1023,12 @@ class Daemon:
 
     def _build(self, config: Config) -> State:
         return State.of(config, self._cooling, self.cache, self._flights, self.residency)
+
+    def _look_around_soon(self) -> None:
+        try:
+            threading.Thread(target=self._look_around, name="portway-catalogue", daemon=True).start()
+        except RuntimeError as exc:  # the system has none left; GET /v1/models asks again
+            self._say(f"the backends were not asked for their models: {exc}")
 
     def _look_around(self) -> None:
         """Ask the backends what they have, and say what is missing."""

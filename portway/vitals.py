@@ -49,14 +49,15 @@ class Vitals:
         self._residency = residency
         self._log = log
         self._cache = cache
-        self._started = time.time()
+        self._started = time.monotonic()
+        self._started_at = time.time()
 
     def health(self, state: State) -> dict[str, Any]:
         """For /health, the configuration's own part left out."""
         cooling = sorted(self._cooling.cooling().items())
         return {
             **BRIEF,
-            "uptime_s": round(time.time() - self._started, 1),
+            "uptime_s": round(time.monotonic() - self._started, 1),
             "in_flight": self._server.in_flight.count,
             "connections": self._server.connections,
             "unreachable": {name: error.message for name, error in state.catalogue.problems().items()},
@@ -79,7 +80,7 @@ class Vitals:
             Reading("log_dropped_total", "Log lines lost.", self._log_dropped, kind="counter"),
             Reading("cache_dropped_total", "Answers not stored.", self._cache_dropped, kind="counter"),
             Reading("build_info", "The version that runs.", lambda: {(__version__,): 1}, ("version",)),
-            Reading("start_time_seconds", "When it was started, in Unix time.", lambda: self._started),
+            Reading("start_time_seconds", "When it was started, in Unix time.", lambda: self._started_at),
         ]
 
     def _log_health(self) -> dict[str, Any] | None:

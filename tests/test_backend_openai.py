@@ -340,6 +340,7 @@ class RelayTest(unittest.TestCase):
                 dump({**ordinary, "error": {"message": "x"}}),
                 json.dumps(ordinary, indent=1),
                 f"[{dump(ordinary)}]",
+                dump(ordinary)[:-1],
             ):
                 self.assertIsNone(quick(each, data.encode()))
 
@@ -366,6 +367,18 @@ class RelayTest(unittest.TestCase):
             for place in range(4):
                 block = b"".join([*ordinary[:place], other, *ordinary[place:]])
                 self.assertIsNone(each.block(block), block)
+
+    def test_half_a_character(self):
+        """Text beyond ASCII goes the quick way as long as it is UTF-8; half of a character is a broken answer."""
+        each = relay()
+        each.frame(json.dumps(delta(content="a")).encode())
+        whole = json.dumps(delta(content="d\u00e9j\u00e0"), ensure_ascii=False).encode()
+        half = whole.replace("\u00e0".encode(), "\u00e0".encode()[:1])
+        self.assertIsNotNone(quick(each, whole))
+        self.assertIsNone(quick(each, half))
+        with self.assertRaises(BackendError) as caught:
+            each.frame(half)
+        self.assertEqual("bad_answer", caught.exception.reason)
 
     def test_several_lines_of_data(self):
         """An event of several data lines comes out as one line."""

@@ -348,6 +348,14 @@ class Refreshing(CatalogueCase):
             self.catalogue.refresh_soon()
             self.assertEqual(asked, self.asks())
 
+    def test_without_a_thread_to_ask(self):
+        """What is known stays; it is asked for the next time."""
+        with mock.patch("threading.Thread.start", side_effect=RuntimeError("can't start new thread")):
+            self.catalogue.refresh_soon()
+        self.assertEqual(0, self.asks())
+        self.catalogue.refresh_soon()
+        self.assertEqual(1, self.asks())
+
     def test_a_backend_without_an_answer_is_asked_sooner(self):
         """It may just have been started."""
         settings = parsed({"b": ("openai", f"http://127.0.0.1:{free_port()}")}, {"m": ("b", "tiny")})

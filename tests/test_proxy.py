@@ -9,6 +9,7 @@ import tempfile
 import unittest
 from contextlib import ExitStack, closing
 from pathlib import Path
+from unittest import mock
 
 from portway import config, proxy
 from portway.cache.store import Cache
@@ -416,6 +417,7 @@ class ConnectionTest(unittest.TestCase):
 
     def test_more_connections_than_allowed(self):
         """Past server.max_connections the connection that has been idle longest makes room."""
+        self.enterContext(mock.patch.object(proxy, "FRESH", 0.0))
         with StandIn() as standin, Daemon(toml(standin.url, "max_connections = 3")) as daemon:
             clients = []
             for _ in range(4):
@@ -427,6 +429,40 @@ class ConnectionTest(unittest.TestCase):
             self.assertEqual(200, clients[3].call("GET", "/v1/models").status)
             for client in clients:
                 client.close()
+
+    def test_evicted_in_the_round_in_which_its_request_came(self):
+        """The loop lives on: it had made room before it saw that there is something to read."""
+        with StandIn() as standin, Daemon(toml(standin.url)) as daemon, daemon.client() as client:
+            wait_for(lambda: len(daemon.idle) == 1, "the connection")
+            [handler] = daemon.idle
+            server = handler.server
+            with mock.patch.object(proxy, "FRESH", 0.0):
+                self.assertTrue(server._evict(1))
+            handler.stirred(1)
+            self.assertTrue(client.at_end())
+            with daemon.client() as another:
+                self.assertEqual(200, another.call("GET", "/health").status)
+
+    def test_a_request_is_not_idle(self):
+        """Whoever has sent something makes no room for others: it would be reset, its request unread."""
+        self.enterContext(mock.patch.object(proxy, "FRESH", 0.0))
+        with StandIn() as standin, Daemon(toml(standin.url)) as daemon, daemon.client() as client:
+            wait_for(lambda: len(daemon.idle) == 1, "the connection")
+            [handler] = daemon.idle
+            handler.server.shutdown()  # nobody takes it up
+            client.send(b"GET /health HTTP/1.1\r\n")
+            wait_for(lambda: not handler.is_silent, "the bytes")
+            self.assertFalse(handler.server._evict(1))
+
+    def test_a_new_connection_is_not_idle(self):
+        """Its first request is on its way."""
+        with StandIn() as standin, Daemon(toml(standin.url)) as daemon, daemon.client():
+            wait_for(lambda: len(daemon.idle) == 1, "the connection")
+            [handler] = daemon.idle
+            with mock.patch.object(proxy, "FRESH", 60.0):
+                self.assertFalse(handler.server._evict(1))
+            with mock.patch.object(proxy, "FRESH", 0.0):
+                self.assertTrue(handler.server._evict(1))
 
 
 class QueueTest(unittest.TestCase):
@@ -494,6 +530,15 @@ class ReloadTest(unittest.TestCase):
             self.assertEqual(
                 "server.max_requests, log.file, cache.enabled: taken over at the next start, not before", told
             )
+
+    def test_without_a_thread_to_ask_the_backends(self):
+        """The new configuration is in force all the same, and the daemon lives."""
+        with StandIn() as standin, Daemon(toml(standin.url)) as daemon, daemon.client() as client:
+            client.call("GET", "/health")
+            with mock.patch("threading.Thread.start", side_effect=RuntimeError("can't start new thread")):
+                daemon.use(toml(standin.url).replace("models.fast]", "models.new]"))
+            self.assertIn("not asked for their models", "\n".join(daemon.log))
+            self.assertEqual(200, client.call("GET", "/v1/models/new").status)
 
     def test_requests_in_flight_end_on_the_old_one(self):
         """A stream that began before a reload ends as it began."""

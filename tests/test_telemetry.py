@@ -25,6 +25,7 @@ from portway.call import Attempt
 from portway.commands import stats
 from portway.errors import BackendError, ClientError
 from portway.telemetry import Log, LogFile, Price, Record, is_local, line, log_path, old_files
+from tests.llama_server import wait_for
 
 ROOT = Path(__file__).resolve().parent.parent
 PATIENCE = 20.0  # seconds a test waits for what should come at once
@@ -396,6 +397,25 @@ class Trouble(InAFolder):
         log.close(PATIENCE)
         self.assertEqual((len(self.said), log.problem, log.dropped), (2, None, 0))
         self.assertEqual([found["id"] for found in lines_of(self.path)], ["r1", "r2"])
+
+    def test_a_full_disk_for_stderr_as_well(self):
+        """What can't be said is not said; the log goes on all the same."""
+        write, healed = self.failing(28)
+        refused = threading.Event()
+
+        def refuse(*_: object) -> None:
+            refused.set()
+            raise OSError(28, "No space left on device")
+
+        with mock.patch("sys.stderr", SimpleNamespace(write=refuse, flush=refuse)):
+            log = Log(self.path, retry_after=0.01, write=write)
+            log.record(a_record(1))
+            self.assertTrue(refused.wait(PATIENCE))
+            healed.set()
+            wait_for(lambda: log.written == 1, "the line's being written")
+            log.record(a_record(2))
+            self.assertTrue(log.close(PATIENCE))
+        self.assertEqual((2, 0, None), (log.written, log.dropped, log.problem))
 
     def test_a_file_where_the_folder_should_be(self):
         """The same as a folder that can't be written, which root always can: said, then used once it is there."""

@@ -524,6 +524,12 @@ class Connecting(TransportCase):
             error = self.fails("connect_timeout", self.ask, self.pool(backend(80, "slow.test")), connect=SHORT)
         self.assertIn("did not resolve", error.message)
 
+    def test_a_name_without_a_thread_to_look_it_up(self):
+        """The attempt fails like any that can't connect; it is no mistake of Portway's."""
+        with mock.patch("threading.Thread.start", side_effect=RuntimeError("can't start new thread")):
+            error = self.fails("connect_failed", self.ask, self.pool(backend(80, "some.test")))
+        self.assertIn("no thread", error.message)
+
     def test_a_name_without_an_address(self):
         """An empty answer of the resolver."""
         with mock.patch("socket.getaddrinfo", return_value=[]):

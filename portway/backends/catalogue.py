@@ -72,7 +72,10 @@ class Catalogue:
         """Ask again on another thread, unless the answers are fresh or one does so already."""
         is_fresh = self._ask_at is not None and self._clock() < self._ask_at
         if not is_fresh and not self._lock.locked():
-            threading.Thread(target=self.refresh, name="portway-catalogue", daemon=True).start()
+            try:
+                threading.Thread(target=self.refresh, name="portway-catalogue", daemon=True).start()
+            except RuntimeError:
+                pass  # the system has no thread left: what is known has to do until the next time
 
     def refresh(self) -> None:
         """Ask every backend that a model uses; at once if another thread is doing so."""

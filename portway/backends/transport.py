@@ -614,7 +614,11 @@ class _Dialer:
         except OSError as exc:
             raise self._failed(exc) from exc
         with here:
-            threading.Thread(target=ask, name=f"portway-resolve-{host}", daemon=True).start()
+            try:
+                threading.Thread(target=ask, name=f"portway-resolve-{host}", daemon=True).start()
+            except RuntimeError as exc:
+                there.close()
+                raise self._unreachable(f"no thread to look up its name: {exc}") from exc
             if not await watch.readable(here, until):
                 raise BackendError("connect_timeout", self._said("has a name that did not resolve in time"))
         if problem:
