@@ -307,7 +307,7 @@ def _stats(words: list[str]) -> int:
         loaded = config.load(path, os.environ)
     except config.ConfigError as exc:
         return _refuse(exc)
-    return stats.main(words, os.environ, log=loaded.log.file, health=lambda: probe.health(loaded))
+    return stats.main(words, os.environ, log=loaded.log.file, health=lambda: probe.health(loaded, os.environ))
 
 
 def _residency(name: str, words: list[str]) -> int:

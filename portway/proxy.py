@@ -254,7 +254,7 @@ class Handler(BaseHTTPRequestHandler):
         self._leaving = False  # it was told why, and is given time to read that
         self._buffer = b""
         self._reading: Incoming | None = None
-        self._began = 0.0  # time.monotonic() when the request that is coming in began to
+        self.began = 0.0  # time.monotonic() when the request that is coming in began to
         self.task = Task(self.server.loop, moving=self._look_away, ended=self._ended)
         self.watch = ClientWatch(self.connection, self.read_ahead, self.task)
 
@@ -338,7 +338,7 @@ class Handler(BaseHTTPRequestHandler):
             if request is None:
                 return
             if self.server.is_full():
-                self.waiting, self._began = request, time.monotonic()
+                self.waiting, self.began = request, time.monotonic()
                 self.server.backlog.append(self)
                 return
             self.serve(request)
@@ -421,6 +421,10 @@ class Handler(BaseHTTPRequestHandler):
         """Whether no request is under way or waits for its turn."""
         return not (self.task.busy or self.waiting)
 
+    def began_by(self, moment: float) -> bool:
+        """Whether a part of a request has been there since then."""
+        return self._is_coming_in and self.began <= moment
+
     @property
     def is_silent(self) -> bool:
         """Whether nothing of a further request has come."""
@@ -455,7 +459,7 @@ class Handler(BaseHTTPRequestHandler):
         coming = self.waiting or self._reading
         self.head = coming.head if coming else NO_HEAD
         now = time.monotonic()
-        self._record = Record(time.time() - (now - self._began), self._began, _client(self.head), self.head.path)
+        self._record = Record(time.time() - (now - self.began), self.began, _client(self.head), self.head.path)
         if error is None:
             self._client_left("waiting" if self.waiting else "request")
         else:
@@ -501,8 +505,8 @@ class Handler(BaseHTTPRequestHandler):
         config = daemon.state.config.server
         if envelope is None or envelope.head.chunked or len(buffer) < rest or length > config.max_body:
             self._buffer = buffer[end + 4 :]
-            self._began = time.monotonic()
-            self.expires = self._began + config.body_timeout
+            self.began = time.monotonic()
+            self.expires = self.began + config.body_timeout
             self._reading = self._admitted(buffer[:end], config.max_body)
             return None
         self._buffer = buffer[rest:]
@@ -515,7 +519,7 @@ class Handler(BaseHTTPRequestHandler):
         elif not self._buffer:
             self.expires = now + config.idle_timeout
         elif self.expires > now + config.header_timeout:
-            self.expires, self._began = now + config.header_timeout, now
+            self.expires, self.began = now + config.header_timeout, now
 
     def _admitted(self, head: bytes, max_body: int) -> Incoming:
         """Check the head before the body is read."""
@@ -900,6 +904,9 @@ class Server(ThreadingHTTPServer):
         latest = time.monotonic() + self.daemon.state.config.server.idle_timeout - FRESH
         longest_first = sorted((each for each in self._open if each.is_idle), key=lambda handler: handler.expires)
         victims = list(islice((each for each in longest_first if each.expires <= latest and each.is_silent), count))
+        if not victims:  # else some clients that never send the end of their requests would keep out all others
+            slow = [each for each in longest_first if each.began_by(time.monotonic() - FRESH)]
+            victims = sorted(slow, key=lambda handler: handler.began)[:count]
         for handler in victims:
             handler.time_out()
         return bool(victims)

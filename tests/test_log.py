@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
-from portway import telemetry
+from portway import proxy, telemetry
 from portway.cache.store import Cache
 from portway.standin.server import DEFAULT_MODELS, Fault, StandIn
 from portway.telemetry import Log, Price
@@ -394,7 +394,7 @@ class Cancelled(LogCase):
                 with self.daemon.client() as client:
                     client.send(text.encode())
                     if number > 1:
-                        wait_for(lambda: any(each._began for each in self.daemon.idle), "its parking")
+                        wait_for(lambda: any(each.began for each in self.daemon.idle), "its parking")
                 line = self.line()
                 self.assert_says(line, cancelled_in="request", status=499, exit_code=4, error=None, endpoint=endpoint)
 
@@ -442,7 +442,7 @@ class Ended(LogCase):
         with self.daemon.client() as client:
             self.daemon.use(SERVER.format(url=self.backend.url, key=KEY).replace("header_timeout = 0.2", "") + MODELS)
             client.send(f"POST {CHAT} HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Length: 99\r\n\r\n{{".encode())
-            wait_for(lambda: any(each._began for each in self.daemon.idle), "its parking")
+            wait_for(lambda: any(each.began for each in self.daemon.idle), "its parking")
             self.daemon.stop()
             answer = client.response()
             self.assertEqual((503, "stopping"), (answer.status, answer.json["error"]["code"]))
@@ -452,10 +452,12 @@ class Ended(LogCase):
         """When there are more connections than there may be."""
         server = SERVER.format(url=self.backend.url, key=KEY).replace("header_timeout = 0.2", "max_connections = 3")
         with Daemon(server + MODELS, log=self.log) as daemon, daemon.client() as client, ExitStack() as others:
-            client.send(b"POST ")
-            wait_for(lambda: any(each._began for each in daemon.idle), "its parking")
-            for _ in range(3):
-                others.enter_context(daemon.client()).call("GET", "/health")
+            self.enterContext(mock.patch.object(proxy, "FRESH", 0.0))
+            for slow in (client, *(others.enter_context(daemon.client()) for _ in range(2))):
+                begun = len([each for each in daemon.idle if each.began])
+                slow.send(b"POST ")
+                wait_for(lambda begun=begun: len([each for each in daemon.idle if each.began]) > begun, "its coming")
+            self.assertEqual(200, others.enter_context(daemon.client()).call("GET", "/health").status)
             self.assertEqual(408, client.response().status)
         self.assert_says(self.line(), status=408, error="request_timeout", exit_code=4)
 

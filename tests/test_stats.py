@@ -344,20 +344,20 @@ class CommandLine(InAFolder):
             self.assertEqual(beside, json.loads(out.getvalue())["daemon"])
 
     def test_the_running_daemon_is_asked(self):
-        """Through GET /health, without a key; nobody there, or another program, is no answer."""
+        """Through GET /health, with the configured key; nobody there, or another program, is no answer."""
         broken = Cache("/dev/null/cache.sqlite3", say=lambda _: None)
         self.addCleanup(broken.close)
         toml = '[server]\napi_keys = ["sk-1"]\n[backends.b]\nkind = "ollama"\nurl = "http://127.0.0.1:9"\n'
         with Daemon(f'{toml}[models.m]\nbackend = "b"\nmodel = "m"\n', cache=broken) as daemon:
             config = replace(daemon.config, server=replace(daemon.config.server, port=daemon.port))
             wait_for(lambda: bool(broken.problem), "the cache's trouble")
-            told = probe.health(config)
+            told = probe.health(config, {})
             assert told is not None
             self.assertIn("can't be used", told["cache"]["problem"])
-        self.assertIsNone(probe.health(config))
+        self.assertIsNone(probe.health(config, {}))
         with ScriptedServer() as other:
             other.add(json_reply({"status": "ok"}))
-            self.assertIsNone(probe.health(replace(config, server=replace(config.server, port=other.port))))
+            self.assertIsNone(probe.health(replace(config, server=replace(config.server, port=other.port)), {}))
 
     def test_bars_are_for_terminals_that_can_show_them(self):
         """A UTF-8 terminal has a sparkline; each row's busiest time is a full block."""

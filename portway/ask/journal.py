@@ -48,6 +48,7 @@ def _line(errand: Errand, exit_code: int, error: str) -> dict[str, Any]:
         "ts": _utc(time.time() - seconds),
         "id": errand.id or None,
         "client": "ask",
+        "key": None,
         "endpoint": "ask",
         "model": None if errand.model.startswith("flag:") else errand.model[:128] or None,
         "served_by": None,

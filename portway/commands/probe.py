@@ -14,6 +14,8 @@ from email.utils import parsedate_to_datetime
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
+from portway import keys
+
 if TYPE_CHECKING:
     from portway.config import Config
 
@@ -57,12 +59,14 @@ def ask(
         connection.close()
 
 
-def health(config: Config) -> Mapping[str, Any] | None:
-    """What the daemon of `config` says of itself (GET /health); None if none answers there, or not at once."""
+def health(config: Config, environ: Mapping[str, str]) -> Mapping[str, Any] | None:
+    """What the daemon of `config` says of itself (GET /health); None if none answers there, or not at once, or
+    if no key is known that lets us hear more than that it is well."""
     server = config.server
     host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(server.host, server.host)  # noqa: S104 - not bound to
     try:
-        told = ask(f"http://{f'[{host}]' if ':' in host else host}:{server.port}", "/health", patience=AT_ONCE)
+        url = f"http://{f'[{host}]' if ':' in host else host}:{server.port}"
+        told = ask(url, "/health", key=keys.plain(server.api_keys, environ), patience=AT_ONCE)
     except OSError:
         return None
     return told.value if told.status == 200 and "uptime_s" in told.value else None
