@@ -80,7 +80,7 @@ class State:
             "family": model.family,
             "chain": [member.name for member in self.config.chain(model)],
             "aliases": list(model.aliases),
-            "flag": model.flag or None,
+            "flag": model.flag or ("council" if self.config.flagged("council") == model else None),
         }
         return card
 
