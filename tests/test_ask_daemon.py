@@ -49,10 +49,13 @@ backend = "box"
 model = "qwen3.5:9b"
 think = true
 flag = "think"
-[models.both]
+[models.council]
 kind = "council"
-members = ["nine", "three"]
+members = ["three", "three"]
 chairman = "nine"
+[models.cascade]
+kind = "cascade"
+members = ["three", "nine"]
 """
 BROKEN = Fault("status", status=500, error="it broke")
 
@@ -127,7 +130,7 @@ class AskedForReal(unittest.TestCase):
             (["--9b"], "nine"),
             (["--3b"], "three"),
             (["-m", "thinker"], "thinker"),
-            (["--council"], "both"),
+            (["--council"], "council"),
         ):
             done = self.ask("Why?", *flags, "--no-cache")
             self.assertEqual((0, ""), (done.returncode, done.stderr))
@@ -147,7 +150,9 @@ class AskedForReal(unittest.TestCase):
 
     def test_the_list_of_tiers(self) -> None:
         """As shell completion asks for it."""
-        self.assertEqual("--3b\tthree\n--9b\tnine\n--think\tthinker\n--council\tboth\n", self.ask("--tiers").stdout)
+        self.assertEqual(
+            "--3b\tthree\n--9b\tnine\n--think\tthinker\n--council\tcouncil\n\tcascade\n", self.ask("--tiers").stdout
+        )
 
     def test_a_hit(self) -> None:
         """The second time no model works, and -v says so."""
@@ -191,6 +196,24 @@ class AskedForReal(unittest.TestCase):
         later = self.ask("Why?")
         self.assertEqual("", later.stderr)
         self.assertIn("playing qwen3.5:9b", later.stdout)
+
+    def test_a_council(self) -> None:
+        """Its one answer; where a part of it failed, or was stood in for, the note says who did answer."""
+        done = self.ask("--council", "Why?")
+        self.assertEqual((0, ""), (done.returncode, done.stderr))
+        self.assertIn("playing qwen3.5:9b", done.stdout)
+        self.backend.fail("/api/chat", BROKEN)
+        self.assertEqual("[degraded: council(three>nine)]\n", self.ask("--council", "Why?").stderr)
+        self.backend.fail("qwen3.5:9b", BROKEN)
+        self.assertEqual("[degraded: council(three,three>three)]\n", self.ask("--council", "Why?").stderr)
+        self.assertEqual("[degraded: council(three,three>three)]\n", self.ask("--last").stderr)
+
+    def test_a_cascade(self) -> None:
+        """The next one's answering is what it is for; -v tells why."""
+        self.backend.fail("/api/chat", BROKEN)
+        done = self.ask("-v", "-m", "cascade", "Why?")
+        self.assertIn("playing qwen3.5:9b", done.stdout)
+        self.assertRegex(done.stderr, r"^\[served by cascade\(three>nine\); three=server_error\(.*\), nine=ok; ")
 
     def test_strict(self) -> None:
         """--strict takes no other model's answer: exit code 4, which the log has, too."""

@@ -521,6 +521,34 @@ class PartialTest(unittest.TestCase):
             ("degraded", "council(alpha,beta>spare)"), tuple(map(response.header, ("x-council", "x-served-by")))
         )
 
+    def test_the_next_chairman_reads_what_it_can(self) -> None:
+        """Who follows the chairman and has a smaller window, or no eyes, is asked what fits it."""
+        image = {"type": "image_url", "image_url": {"url": "data:image/png;base64,AAAA"}}
+        messages = [{"role": "user", "content": [{"type": "text", "text": "what is it?"}, image]}]
+        models = {
+            "chair": "num_ctx = 32768\n",
+            "spare": 'num_ctx = 2048\ncapabilities = ["completion"]\n',
+        }
+        with Sitting(
+            said("word " * 5000), said("b"), chair=BROKEN, spare=plain("from spare"), models=models
+        ) as sitting:
+            response = sitting.ask(messages=messages)
+            [[*_, first]] = [body["messages"] for body in sitting.asked("chair")]
+            [[*_, second]] = [body["messages"] for body in sitting.asked("spare")]
+        self.assertEqual("council(alpha,beta>spare)", response.header("x-served-by"))
+        self.assertEqual(["text", "image_url", "text"], [each["type"] for each in first["content"]])
+        self.assertNotIn("Cut to fit", first["content"][-1]["text"])
+        self.assertEqual(["text", "text", "text"], [each["type"] for each in second["content"]])
+        self.assertIn("Cut to fit", second["content"][-1]["text"])
+        self.assertLess(len(second["content"][-1]["text"]), 2048 * 3)
+
+    def test_no_chairman_is_asked_twice_for_nothing(self) -> None:
+        """Where all of the chain can read the same, each of them is asked once."""
+        models = {"chair": "num_ctx = 4096\n", "spare": "num_ctx = 4096\n"}
+        with Sitting(said("a"), said("b"), chair=BROKEN, spare=BROKEN, models=models) as sitting:
+            self.assertEqual("council(alpha)", sitting.ask().header("x-served-by"))
+            self.assertEqual([1, 1], [len(sitting.asked(name)) for name in ("chair", "spare")])
+
     def test_no_fallback(self) -> None:
         """X-Portway-Fallback: off holds for everybody within."""
         with Sitting(said("a"), said("b"), chair=BROKEN, spare=plain("from spare")) as sitting:

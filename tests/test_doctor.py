@@ -330,6 +330,20 @@ class MemoryTest(DoctorTest):
         examined = self.examine(CONFIG + '[memory]\nbudget = "30GB"\n')
         self.assertTrue(all(verdict.fits for verdict in examined.verdicts))
         self.assertTrue(examined.verdicts[1].beside)
+        examined = self.examine(CONFIG + '[memory]\nbudget = "20GB"\n')
+        self.assert_found(
+            examined, "warning", "fit", "22.0 GB, more than memory.budget (20.0 GB)", "raise that, or a smaller"
+        )
+
+    def test_every_finding_has_a_fix(self):
+        """Whatever is wrong, there is a line of what to do about it."""
+        self.sizes = {}
+        self.reading = Reading(24 * GIB, GIB)
+        self.answers["/v1/models"] = OSError(61, "Connection refused")
+        examined = self.examine(CONFIG + LLAMA + '[memory]\nbudget = "1GB"\n')
+        wrong = [finding for finding in examined.findings if finding.severity in ("warning", "error")]
+        self.assertGreater(len(wrong), 4)
+        self.assertEqual([], [finding for finding in wrong if not finding.fix])
 
     def test_elsewhere(self):
         """Models behind another machine, or in a card's own memory, are not judged by this one's."""

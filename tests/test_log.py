@@ -8,6 +8,7 @@ import tempfile
 import threading
 import unittest
 from contextlib import ExitStack, closing
+from functools import partial
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -456,10 +457,14 @@ class Ended(LogCase):
             for slow in (client, *(others.enter_context(daemon.client()) for _ in range(2))):
                 begun = len([each for each in daemon.idle if each.began])
                 slow.send(b"POST ")
-                wait_for(lambda begun=begun: len([each for each in daemon.idle if each.began]) > begun, "its coming")
+                wait_for(partial(self.has_more_than, daemon, begun), "its coming")
             self.assertEqual(200, others.enter_context(daemon.client()).call("GET", "/health").status)
             self.assertEqual(408, client.response().status)
-        self.assert_says(self.line(), status=408, error="request_timeout", exit_code=4)
+        self.assert_says(self.lines(3)[0], status=408, error="request_timeout", exit_code=4)
+
+    @staticmethod
+    def has_more_than(daemon: Daemon, count: int) -> bool:
+        return len([each for each in daemon.idle if each.began]) > count
 
 
 class AsksExitCodes(LogCase):

@@ -437,7 +437,12 @@ class Answer:
         headers = exchange.headers
         age = headers.get("age", "")
         self._cache = headers.get("x-cache", "").lower() + (f" ({age} s old)" if age else "")
-        names = ("served_by", "x-served-by"), ("attempts", "x-portway-attempts"), ("warnings", "x-portway-warning")
+        names = (
+            ("served_by", "x-served-by"),
+            ("attempts", "x-portway-attempts"),
+            ("council", "x-council"),
+            ("warnings", "x-portway-warning"),
+        )
         self._learn({fact: headers[header] for fact, header in names if header in headers})
         if headers.get("content-type", "").startswith("text/event-stream"):
             self._streamed = True
@@ -505,13 +510,20 @@ class Answer:
         """Who answers, instead of whom, and what the daemon warns of: said before the answer."""
         self._served_by = facts.get("served_by") or self._served_by
         self._attempts = facts.get("attempts") or self._attempts
-        asked = self._attempts.partition("=")[0]
-        if asked and self._served_by not in ("", asked) and not self.demotion:
-            self.demotion = f"[degraded: {asked} \u2192 {self._served_by}]"
-            self._terminal.note(self.demotion)
+        asked, composed = self._attempts.partition("=")[0], "(" in self._served_by  # by a council, or a cascade
+        if facts.get("council") == "degraded":
+            self._demoted(self._served_by)  # somebody in it failed, or was stood in for
+        elif asked and self._served_by not in ("", asked) and not composed:
+            self._demoted(f"{asked} \u2192 {self._served_by}")
         warnings = facts.get("warnings") or []
         for warning in [warnings] if isinstance(warnings, str) else warnings:
             self._terminal.note(f"[warning: {warning}]")
+
+    def _demoted(self, how: str) -> None:
+        """Say so, once."""
+        if not self.demotion:
+            self.demotion = f"[degraded: {how}]"
+            self._terminal.note(self.demotion)
 
     def _code(self, text: str) -> str:
         code = code_block(text)

@@ -97,7 +97,7 @@ def examine(path: str | None, machine: Machine) -> Examined:
         findings += _backend(each, loaded, machine, health)
     reading = machine.memory()
     judged = verdicts(loaded, seen, reading)
-    findings += [*_missing(loaded, seen), *_memory(machine, reading), *_fit(judged, reading)]
+    findings += [*_missing(loaded, seen), *_memory(machine, reading), *_fit(judged, reading, loaded)]
     findings += _files(loaded, machine)
     return Examined(findings, judged)
 
@@ -337,12 +337,12 @@ def stall(text: str) -> float | None:
     return None
 
 
-def _fit(judged: Sequence[Verdict], reading: memory.Reading) -> Iterator[Finding]:
+def _fit(judged: Sequence[Verdict], reading: memory.Reading, loaded: config.Config) -> Iterator[Finding]:
     if reading.apart:
         yield Finding("note", "fit", "models live in a graphics card's own memory here, which is not judged")
         return
     for each in judged:
-        yield _verdict(each)
+        yield _verdict(each, is_set=loaded.memory.budget is not None)
     together = [each.name for each in judged if each.beside]
     first = next((each for each in judged if each.everyday), None)
     if first is not None:
@@ -350,7 +350,7 @@ def _fit(judged: Sequence[Verdict], reading: memory.Reading) -> Iterator[Finding
         yield Finding("ok", "fit", f"in memory beside {first.name} fit, one at a time: {others}")
 
 
-def _verdict(each: Verdict) -> Finding:
+def _verdict(each: Verdict, *, is_set: bool) -> Finding:
     estimate = "" if each.sure else " (an estimate)"
     text = f"{each.name}: {each.footprint}{estimate}"
     if each.fits:
@@ -359,6 +359,8 @@ def _verdict(each: Verdict) -> Finding:
         fix = "close other programs before you ask it, or give it a smaller num_ctx"
         return Finding("note", "fit", f"{text}, more than the {gb(each.room)} that are left beside open programs", fix)
     fix = f"a smaller num_ctx or a smaller model for models.{each.name}; its fallback answers till then"
+    if is_set:
+        return Finding("warning", "fit", f"{text}, more than memory.budget ({gb(each.most)})", f"raise that, or {fix}")
     return Finding("warning", "fit", f"{text}: this machine can't hold it ({gb(each.most)} at most)", fix)
 
 

@@ -109,12 +109,14 @@ class CouncilBackend:
         members = [self._complete(self._models[member.name]) for member in council.members]
         together = run_together(members, council.parallel, self._fits_together)
         chairman = self._complete(self._models[council.chairman])
+        others = self._chain(chairman)[1:] if call.fallback else []
+        chairs = [chairman, *map(self._complete, others)]
         now = time.monotonic()
         until = now + (limits.deadline - now) * MEMBERS_SHARE
         seats = _seats(call, council, members)
         lanes = _lanes(seats, chairman, together=together)
         meeting = Meeting(self._router, self._chain, call, seats, lanes, until)
-        charter = Charter(target.name, council, chairman, self._router, self._scrubber)
+        charter = Charter(target.name, council, chairs, self._router, self._scrubber)
         return CouncilAnswer(call, charter, meeting, limits.deadline, watch)
 
     def close(self) -> None:
@@ -391,13 +393,33 @@ class LeashWatch:
 
 @dataclass(frozen=True, slots=True)
 class Charter:
-    """What a council goes by."""
+    """What a council goes by. chairs: the chairman, and who follows it where it fails."""
 
     name: str
     council: Council
-    chairman: Model
+    chairs: Sequence[Model]
     router: Router
     scrubber: Scrubber
+
+    @property
+    def readers(self) -> list[Model]:
+        """Of the chairs those for each of which the question has to be made anew, with the chairs behind them as
+        its fallback: what was made for the one before may be too long for it, or show it an image."""
+        readers: list[Model] = []
+        for number, chair in enumerate(self.chairs):
+            if not readers or not _reads_as_much(chair, readers[-1]):
+                readers.append(replace(chair, fallback=tuple(other.name for other in self.chairs[number + 1 :])))
+        return readers
+
+
+def _reads_as_much(model: Model, than: Model) -> bool:
+    wide = model.num_ctx is None or (than.num_ctx is not None and model.num_ctx >= than.num_ctx)
+    return wide and (_sees(model) or not _sees(than))
+
+
+def _sees(model: Model) -> bool:
+    """Whether it takes images, or may."""
+    return model.capabilities is None or "vision" in model.capabilities
 
 
 class CouncilAnswer(Composed):
@@ -412,7 +434,7 @@ class CouncilAnswer(Composed):
         self._seats = meeting.seats
         self._deadline = deadline
         self._watch = watch
-        self._chair = Seat("", charter.chairman, {})  # the chairman's own fate, told like a member's
+        self._chair = Seat("", charter.chairs[0], {})  # the chairman's own fate, told like a member's
         self._chair_taken = 0.0  # time.monotonic() when it was asked
         self._served: Served | None = None  # its answer, as long as that is open
         self._pieces = self._told_pieces()
@@ -557,45 +579,57 @@ class CouncilAnswer(Composed):
     # then the chairman
 
     def _ask_chairman(self, *, stream: bool) -> Served | None:
-        """Its answer, or that of the next in its chain; None if a member's has to stand in for it."""
-        body = {**self._call.body, "messages": self._chairmans_messages()}
-        chair, now = self._chair, time.monotonic()
-        call = within(self._call, chair.model, body, self._deadline - now, stream=stream)
-        self._chair_taken = now
-        try:
-            served = self._served = finish(self._charter.router.serve(call, self._watch, fallback=call.fallback))
-        except PortwayError as error:
-            if self._is_for_nobody_else(error):
-                raise
-            chair.error, chair.status = error, error.code or error.type
-        else:
-            chair.served_by, chair.tally, chair.status = served.model.name, served.answer.tally, "ok"
-            chair.warnings, chair.hosts = served.answer.warnings, served.hosts
-        chair.over = True
-        return self._served
+        """Its answer, or that of the next in its chain, each asked what it can read; None if a member's has to
+        stand in for it."""
+        self._chair_taken = time.monotonic()
+        failures: list[PortwayError] = []
+        for chair in self._charter.readers:
+            try:
+                served = self._served = self._ask_chair(chair, stream=stream)
+            except PortwayError as error:
+                if isinstance(error, ClientError) or error.code == "bad_request":
+                    raise  # the request itself is at fault
+                failures.append(error)
+                if error.code == "total_timeout":
+                    break
+            else:
+                self._take_chair(served)
+                return served
+        if self._wants_form():
+            raise failures[0]
+        self._chair.error, self._chair.status = failures[0], failures[0].code or failures[0].type
+        self._chair.over = True
+        return None
 
-    def _chairmans_messages(self) -> list[dict[str, Any]]:
+    def _ask_chair(self, chair: Model, *, stream: bool) -> Served:
+        body = {**self._call.body, "messages": self._messages_for(chair)}
+        call = within(self._call, chair, body, self._deadline - time.monotonic(), stream=stream)
+        return finish(self._charter.router.serve(call, self._watch, fallback=call.fallback))
+
+    def _take_chair(self, served: Served) -> None:
+        chair = self._chair
+        chair.served_by, chair.tally, chair.status = served.model.name, served.answer.tally, "ok"
+        chair.warnings, chair.hosts = served.answer.warnings, served.hosts
+        chair.over = True
+
+    def _messages_for(self, chair: Model) -> list[dict[str, Any]]:
         asked: list[dict[str, Any]] = self._call.body["messages"]
-        subject, prompt, chairman = question(asked), self._charter.council.chairman_prompt, self._charter.chairman
+        subject, prompt = question(asked), self._charter.council.chairman_prompt
         seats = sorted((seat for seat in self._seats if seat.has_answered), key=lambda seat: seat.letter)
         texts = [self._charter.scrubber.scrub(seat.text, subject) for seat in seats]
-        if chairman.num_ctx is not None:
-            texts = fitted(texts, room_in(chairman.num_ctx, asked, prompt, self._most_tokens()))
+        if chair.num_ctx is not None:
+            texts = fitted(texts, room_in(chair.num_ctx, asked, prompt, self._most_tokens()))
         responses = [Response(seat.letter, text, seat.status == "ok") for seat, text in zip(seats, texts, strict=True)]
-        if chairman.capabilities is not None and "vision" not in chairman.capabilities:
-            asked = without_images(asked)
-        return for_chairman(asked, responses, prompt)
+        return for_chairman(asked if _sees(chair) else without_images(asked), responses, prompt)
 
     def _most_tokens(self) -> int | None:
         said = [self._call.body.get(name) for name in _BOUNDS]
         return next((most for most in said if isinstance(most, int) and most > 0), None)
 
-    def _is_for_nobody_else(self, error: PortwayError) -> bool:
-        """Whether a member's answer would be none: the request itself is at fault, or wants a form that only
-        the chairman was told of."""
+    def _wants_form(self) -> bool:
+        """Whether a form was asked for, which only the chairman was told of: a member's answer would have none."""
         wanted = self._call.body.get("response_format")
-        formed = isinstance(wanted, dict) and wanted.get("type") not in (None, "text")
-        return isinstance(error, ClientError) or error.code == "bad_request" or formed
+        return isinstance(wanted, dict) and wanted.get("type") not in (None, "text")
 
     def _relayed(self, served: Served, retelling: Retelling) -> Iterator[bytes]:
         for piece in pieces_of(served):
