@@ -1077,12 +1077,17 @@ class Files(InFolder):
 
     def test_many_open_a_new_file_at_once(self):
         """One of them makes the tables, and all can write."""
+        for number in range(20):
+            with self.subTest(number):
+                self.open_together(os.path.join(self.folder, f"{number}.sqlite3"))
+
+    def open_together(self, path: str) -> None:
         go, failed = threading.Barrier(8), []
 
         def write(number: int) -> None:
             try:
                 go.wait(PATIENCE)
-                with closing(CacheFile(self.path, PATIENCE)) as file:
+                with closing(CacheFile(path, PATIENCE)) as file:
                     file.write([Row(key_of(number), "m", 1.0, "", b"x")])
             except Exception as exc:  # noqa: BLE001 - whatever it is, it is shown
                 failed.append(exc)
@@ -1093,7 +1098,7 @@ class Files(InFolder):
         for thread in threads:
             thread.join(PATIENCE)
         self.assertEqual([], failed)
-        with closing(CacheFile(self.path, 5)) as file:
+        with closing(CacheFile(path, 5)) as file:
             self.assertEqual(8, file.stats().entries)
 
     def test_migrations_are_numbered(self):

@@ -21,6 +21,7 @@ APPLICATION_ID = 0x50575943  # "PWYC": how a file says that it is this cache and
 WAL_LIMIT = 16 * 1024 * 1024  # bytes that the -wal file keeps after a checkpoint
 PAGE = 8192  # bytes; with 4096 the file is a fifth larger, as few answers fill such a page well
 PAGE_CACHE = 256  # KB a connection; the operating system's cache is the real one
+AGAIN = 0.002  # seconds between two tries where SQLite itself does not wait
 READ_PATIENCE = 0.005  # seconds; whoever looks up would sooner ask the model than wait
 IDLE_READERS = 8  # look-ups take microseconds: more are seldom under way at once
 COMPRESS_FROM = 512  # bytes; below it there is little to gain
@@ -170,7 +171,7 @@ class CacheFile:
         self._path = path
         self._db = _connect(path, patience)
         try:
-            _prepare(self._db)
+            _prepare(self._db, patience)
             self._inode = os.stat(path).st_ino
         except BaseException:
             self._db.close()
@@ -310,7 +311,7 @@ def _make_private(path: str) -> None:
         os.close(handle)
 
 
-def _prepare(db: sqlite3.Connection) -> None:
+def _prepare(db: sqlite3.Connection, patience: float) -> None:
     """Check that the file is ours, or make it so. The pragmas before WAL count for a new file only."""
     version = _pragma(db, "user_version")
     if version > len(MIGRATIONS):
@@ -322,7 +323,7 @@ def _prepare(db: sqlite3.Connection) -> None:
     if is_empty:
         db.execute(f"PRAGMA page_size = {PAGE}")
         db.execute("PRAGMA auto_vacuum = INCREMENTAL")
-    db.execute("PRAGMA journal_mode = WAL").fetchone()
+    _write_ahead(db, patience)
     db.execute("PRAGMA synchronous = NORMAL")  # in WAL mode: a crash loses nothing, a power cut the last moments
     db.execute(f"PRAGMA journal_size_limit = {WAL_LIMIT}").fetchone()
     if version < len(MIGRATIONS):
@@ -331,6 +332,21 @@ def _prepare(db: sqlite3.Connection) -> None:
                 migrate(db)
             db.execute(f"PRAGMA application_id = {APPLICATION_ID}")
             db.execute(f"PRAGMA user_version = {len(MIGRATIONS)}")
+
+
+def _write_ahead(db: sqlite3.Connection, patience: float) -> None:
+    """WAL mode. Of several who open a new file at once SQLite turns some away without waiting, as it does for
+    no other statement: so it is tried again."""
+    until = time.monotonic() + patience
+    while True:
+        try:
+            db.execute("PRAGMA journal_mode = WAL").fetchone()
+        except sqlite3.OperationalError as exc:
+            if _code(exc) != sqlite3.SQLITE_BUSY or time.monotonic() >= until:
+                raise
+            time.sleep(AGAIN)
+        else:
+            return
 
 
 # --- looking up -----------------------------------------------------------------------------------
