@@ -636,7 +636,7 @@ def _read_headers(reader: _Reader) -> list[tuple[str, str]] | None:
 def _body_pieces(reader: _Reader, headers: Sequence[tuple[str, str]], *, until_close: bool) -> Iterator[bytes | None]:
     """The body's pieces as they arrive; a None at the end says that it was cut off."""
     fields = {name.lower(): value for name, value in headers}
-    if fields.get("transfer-encoding", "").lower() == "chunked":
+    if "chunked" in fields.get("transfer-encoding", "").lower():
         yield from _chunked_pieces(reader)
     elif "content-length" in fields:
         yield from _counted_pieces(reader, int(fields["content-length"]))

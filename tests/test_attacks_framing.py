@@ -32,8 +32,9 @@ http {{
     fastcgi_temp_path {folder}/fastcgi;
     uwsgi_temp_path {folder}/uwsgi;
     scgi_temp_path {folder}/scgi;
-    client_header_timeout 2s;
-    client_body_timeout 2s;
+    client_header_timeout 1s;
+    client_body_timeout 1s;
+    keepalive_timeout 1s;
     upstream portway {{ server 127.0.0.1:{behind}; keepalive 1; }}
     server {{
         listen 127.0.0.1:{port};
@@ -44,7 +45,7 @@ http {{
             proxy_set_header Host localhost;
             proxy_buffering off;
             proxy_request_buffering off;
-            proxy_read_timeout 5s;
+            proxy_read_timeout 2s;
         }}
     }}
 }}
@@ -57,9 +58,10 @@ defaults
     option http-keep-alive
     http-reuse always
     timeout connect 2s
-    timeout client 2s
-    timeout server 5s
-    timeout http-request 2s
+    timeout client 1s
+    timeout server 2s
+    timeout http-request 1s
+    timeout http-keep-alive 1s
 frontend front
     bind 127.0.0.1:{port}
     http-request set-header Host localhost
@@ -209,7 +211,7 @@ class Proxies:  # so that the case itself is not collected
 def conversation(port: int, framing: Framing) -> list[Answer] | None:
     """The answers; None where the proxy's own are no HTTP/1.1 (it took the bytes for HTTP/0.9 or HTTP/2)."""
     try:
-        return converse(port, framing.data + attacks.SENTINEL, quiet=0.5)[0]
+        return converse(port, framing.data + attacks.SENTINEL)[0]
     except (OSError, Broken):
         return None
 

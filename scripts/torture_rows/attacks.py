@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol, Self
 from urllib.parse import quote
 
-from scripts.torture_rows import attack_cases as cases
+from scripts.torture_rows import attack_cases as given
 
 PATIENCE = 10.0  # seconds that any one answer may take
 REFUSALS = (400, 413, 431, 501, 505)
@@ -41,21 +41,40 @@ class World(Protocol):
         ...
 
 
-@dataclass
+@dataclass(frozen=True, slots=True)
 class Row:
-    """How an attack went. `note`: the first case that did not hold, or why nothing was tried."""
+    """One attack. tries: how often it was tried, 0 = it can't be here, and `note` says why; held: how often all was
+    as it should be. `note` is else the first case in which it was not."""
 
     name: str
-    tries: int = 0
-    held: int = 0
+    tries: int
+    held: int
     note: str = ""
+
+
+class Cases:
+    """Counts the cases of one attack."""
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+        self._tries = 0
+        self._held = 0
+        self._note = ""
 
     def judge(self, case: str, *, held: bool, seen: object = "") -> None:
         """Count one case."""
-        self.tries += 1
-        self.held += held
-        if not held and not self.note:
-            self.note = f"{case}: {seen}"[:300]
+        self._tries += 1
+        self._held += held
+        if not held and not self._note:
+            self._note = f"{case}: {seen}"[:300]
+
+    def row(self) -> Row:
+        """All of them."""
+        return Row(self._name, self._tries, self._held, self._note)
+
+    def not_tried(self, why: str) -> Row:
+        """The row of an attack that can't be made here."""
+        return Row(self._name, 0, 0, f"not tried: {why}")
 
 
 def of(world: World, name: str, default: Any) -> Any:
@@ -255,40 +274,40 @@ def a_model(port: int) -> str:
 
 def attack_dns_rebinding(world: World) -> Row:
     """A name that is not ours, on every path by every method; a Host that is empty or there twice."""
-    row = Row("DNS rebinding: a foreign Host, on every path and method")
+    cases = Cases("DNS rebinding: a foreign Host, on every path and method")
     with Connection(world.port) as connection:
-        for host, path, method in _product(cases.FOREIGN_HOSTS, cases.PATHS, cases.METHODS):
-            _expect(row, connection, method, path, {"Host": host}, 403, "host_not_allowed")
-        for host, path, method in _product(("", "  "), cases.PATHS, cases.METHODS):
-            _expect(row, connection, method, path, {"Host": host}, 400, "bad_http")
-        for path, method in _product(cases.PATHS, cases.METHODS):
-            twice = f"localhost\r\nHost: {cases.FOREIGN_HOSTS[0]}"
-            _expect(row, connection, method, path, {"Host": twice}, 400, "bad_http")
-        for host in cases.OWN_HOSTS:
-            _expect(row, connection, "GET", "/health", {"Host": host}, 200)
-    return row
+        for host, path, method in _product(given.FOREIGN_HOSTS, given.PATHS, given.METHODS):
+            _expect(cases, connection, method, path, {"Host": host}, 403, "host_not_allowed")
+        for host, path, method in _product(("", "  "), given.PATHS, given.METHODS):
+            _expect(cases, connection, method, path, {"Host": host}, 400, "bad_http")
+        for path, method in _product(given.PATHS, given.METHODS):
+            twice = f"localhost\r\nHost: {given.FOREIGN_HOSTS[0]}"
+            _expect(cases, connection, method, path, {"Host": twice}, 400, "bad_http")
+        for host in given.OWN_HOSTS:
+            _expect(cases, connection, "GET", "/health", {"Host": host}, 200)
+    return cases.row()
 
 
 def attack_web_pages(world: World) -> Row:
     """A page of another site: with Origin, by what Sec-Fetch-Site says, by a preflight, by a form."""
-    row = Row("web pages: foreign Origin, Sec-Fetch-Site, preflights, forms")
+    cases = Cases("web pages: foreign Origin, Sec-Fetch-Site, preflights, forms")
     own = f"http://127.0.0.1:{world.port}"
     wish = {"Access-Control-Request-Method": "POST", "Access-Control-Request-Headers": "content-type"}
     with Connection(world.port) as connection:
-        for origin, path, method in _product(cases.FOREIGN_ORIGINS, cases.PATHS, cases.METHODS):
+        for origin, path, method in _product(given.FOREIGN_ORIGINS, given.PATHS, given.METHODS):
             extra = wish if method == "OPTIONS" else {}
-            _expect(row, connection, method, path, {"Origin": origin, **extra}, 403, "origin_not_allowed")
-        for site, path, method in _product(cases.FOREIGN_SITES, cases.PATHS, cases.METHODS):
-            _expect(row, connection, method, path, {"Sec-Fetch-Site": site}, 403, "origin_not_allowed")
-        for site, path in _product(cases.FOREIGN_SITES, cases.PATHS):  # an Origin that looks like ours proves nothing
-            _expect(row, connection, "POST", path, {"Origin": own, "Sec-Fetch-Site": site}, 403, "origin_not_allowed")
-        for kind, path in _product(cases.FORM_TYPES, ("/v1/chat/completions", "/portway/unload")):
+            _expect(cases, connection, method, path, {"Origin": origin, **extra}, 403, "origin_not_allowed")
+        for site, path, method in _product(given.FOREIGN_SITES, given.PATHS, given.METHODS):
+            _expect(cases, connection, method, path, {"Sec-Fetch-Site": site}, 403, "origin_not_allowed")
+        for site, path in _product(given.FOREIGN_SITES, given.PATHS):  # an Origin that looks like ours proves nothing
+            _expect(cases, connection, "POST", path, {"Origin": own, "Sec-Fetch-Site": site}, 403, "origin_not_allowed")
+        for kind, path in _product(given.FORM_TYPES, ("/v1/chat/completions", "/portway/unload")):
             for mark in ({"Origin": own}, {"Sec-Fetch-Site": "same-origin"}, {"Sec-Fetch-Mode": "cors"}):
                 headers = {"Content-Type": kind, **mark}
-                _expect(row, connection, "POST", path, headers, 415, "unsupported_media_type")
-        for kind in cases.FORM_TYPES:  # cron's `curl -d`
-            _expect(row, connection, "POST", "/v1/embeddings", {"Content-Type": kind}, 400)
-    return row
+                _expect(cases, connection, "POST", path, headers, 415, "unsupported_media_type")
+        for kind in given.FORM_TYPES:  # cron's `curl -d`
+            _expect(cases, connection, "POST", "/v1/embeddings", {"Content-Type": kind}, 400)
+    return cases.row()
 
 
 def _product(*lists: Sequence[str]) -> Iterator[tuple[str, ...]]:
@@ -301,7 +320,7 @@ def _product(*lists: Sequence[str]) -> Iterator[tuple[str, ...]]:
 
 
 def _expect(
-    row: Row,
+    cases: Cases,
     connection: Connection,
     method: str,
     path: str,
@@ -316,11 +335,11 @@ def _expect(
         answer = connection.ask(method, path, headers, body)
     except (OSError, Broken) as exc:
         connection.close()
-        row.judge(case, held=False, seen=exc)
+        cases.judge(case, held=False, seen=exc)
         return
     held = answer.status == status and (code is None or method == "HEAD" or answer.code == code)
     held = held and not (status >= 400 and any(name.startswith("access-control") for name, _ in answer.headers))
-    row.judge(case, held=held, seen=(answer.status, answer.code))
+    cases.judge(case, held=held, seen=(answer.status, answer.code))
 
 
 # --- framing ---------------------------------------------------------------------------------------
@@ -330,19 +349,19 @@ SENTINEL = b"GET /v1/models/sentinel HTTP/1.1\r\nHost: localhost\r\nConnection: 
 
 def attack_framing(world: World) -> Row:
     """Bytes that two readers could take for different requests: answered right, or one refusal and the end."""
-    row = Row("request framing and smuggling")
-    for framing in cases.framings():
+    cases = Cases("request framing and smuggling")
+    for framing in given.framings():
         try:
             answers, ended = converse(world.port, framing.data + SENTINEL)
         except (OSError, Broken) as exc:
-            row.judge(framing.name, held=False, seen=exc)
+            cases.judge(framing.name, held=False, seen=exc)
             continue
         seen = [answer.status for answer in answers]
-        row.judge(framing.name, held=ended and is_right(framing, answers), seen=(seen, ended))
-    return row
+        cases.judge(framing.name, held=ended and is_right(framing, answers), seen=(seen, ended))
+    return cases.row()
 
 
-def is_right(framing: cases.Framing, answers: Sequence[Answer]) -> bool:
+def is_right(framing: given.Framing, answers: Sequence[Answer]) -> bool:
     """Whether these are the answers to it, the sentinel's behind them unless the connection was closed before."""
     if not answers or any(b"smuggled" in answer.body for answer in answers):
         return False
@@ -356,20 +375,20 @@ def is_right(framing: cases.Framing, answers: Sequence[Answer]) -> bool:
 
 def attack_garbage(world: World, tries: int = 400, seed: int = 1) -> Row:
     """Requests with bytes changed at random, from a seed: an answer in order or the end, in time, nothing smuggled."""
-    row = Row("requests with bytes changed at random")
+    cases = Cases("requests with bytes changed at random")
     chance = random.Random(seed)  # noqa: S311 - to be repeatable
-    whole = [framing.data for framing in cases.framings() if framing.answers]
+    whole = [framing.data for framing in given.framings() if framing.answers]
     for number in range(tries):
         data = _mutated(chance.choice(whole), chance)
         try:
             answers, ended = converse(world.port, data + SENTINEL * 2, quiet=0.5)  # it may be half a request now
             statuses = [answer.status for answer in answers]
             held = ended and all(status in (200, 403, 404, 405, 408, 415, *REFUSALS) for status in statuses)
-            row.judge(f"seed {seed}, number {number}", held=held, seen=(statuses, ended, data[:200]))
+            cases.judge(f"seed {seed}, number {number}", held=held, seen=(statuses, ended, data[:200]))
         except (OSError, Broken) as exc:
-            row.judge(f"seed {seed}, number {number}", held=False, seen=(exc, data[:200]))
+            cases.judge(f"seed {seed}, number {number}", held=False, seen=(exc, data[:200]))
     world.check()
-    return row
+    return cases.row()
 
 
 def _mutated(data: bytes, chance: random.Random) -> bytes:
@@ -392,16 +411,16 @@ def _mutated(data: bytes, chance: random.Random) -> bytes:
 def attack_slow_heads(world: World, count: int = 200) -> Row:
     """Heads that come a byte at a time: others are answered meanwhile, and the slow ones end in time."""
     begun = b"GET /v1/models HTTP/1.1\r\nHost: localhost\r\nX: "
-    return _slow(Row("slowloris: heads a byte at a time"), world, count, begun, of(world, "header_timeout", 10.0))
+    return _slow(Cases("slowloris: heads a byte at a time"), world, count, begun, of(world, "header_timeout", 10.0))
 
 
 def attack_slow_bodies(world: World, count: int = 200) -> Row:
     """The same with bodies."""
-    begun = cases.POST + b"Content-Length: 60000\r\n\r\n{"
-    return _slow(Row("slowloris: bodies a byte at a time"), world, count, begun, of(world, "body_timeout", 60.0))
+    begun = given.POST + b"Content-Length: 60000\r\n\r\n{"
+    return _slow(Cases("slowloris: bodies a byte at a time"), world, count, begun, of(world, "body_timeout", 60.0))
 
 
-def _slow(row: Row, world: World, count: int, begun: bytes, timeout: float) -> Row:
+def _slow(cases: Cases, world: World, count: int, begun: bytes, timeout: float) -> Row:
     with ExitStack() as stack:
         started = time.monotonic()
         slow = {stack.enter_context(connect(world.port)) for _ in range(count)}
@@ -415,11 +434,11 @@ def _slow(row: Row, world: World, count: int, begun: bytes, timeout: float) -> R
                 if (data := _drip(sock)) is not None:
                     slow.discard(sock)
                     early = time.monotonic() - started < timeout * 0.9
-                    row.judge("ended", held=data[9:12] in (b"408", b"") and not early, seen=(data[:60], early))
+                    cases.judge("ended", held=data[9:12] in (b"408", b"") and not early, seen=(data[:60], early))
         for _ in slow:
-            row.judge("still open", held=False, seen=f"after {timeout + PATIENCE:g} s")
+            cases.judge("still open", held=False, seen=f"after {timeout + PATIENCE:g} s")
     world.check()
-    return row
+    return cases.row()
 
 
 def _drip(sock: socket.socket) -> bytes | None:
@@ -439,19 +458,18 @@ def _drip(sock: socket.socket) -> bytes | None:
 
 def attack_idle_connections(world: World, count: int = 10_000) -> Row:
     """Connections on which nothing happens: all stay, cost no thread, and each is answered in the end."""
-    row = Row(f"{count:,} idle connections")
+    cases = Cases(f"{count:,} idle connections")
     if problem := _room_for(count):
-        row.note = problem
-        return row
+        return cases.not_tried(problem)
     with ExitStack() as stack:
         idle = [stack.enter_context(connect(world.port)) for _ in range(count)]
         world.check()
         for sock in idle:
             sock.sendall(b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n")
         for sock in idle:
-            row.judge("idle", held=_receive_some(sock)[:12] == b"HTTP/1.1 200")
+            cases.judge("idle", held=_receive_some(sock)[:12] == b"HTTP/1.1 200")
     world.check()
-    return row
+    return cases.row()
 
 
 def _room_for(count: int) -> str:
@@ -463,32 +481,31 @@ def _room_for(count: int) -> str:
     try:
         resource.setrlimit(resource.RLIMIT_NOFILE, (needed, hard))
     except (ValueError, OSError):
-        return f"not tried: {count:,} connections need more descriptors than the {hard:,} that are allowed here"
+        return f"{count:,} connections need more descriptors than the {hard:,} that are allowed here"
     return ""
 
 
 def attack_unread_answers(world: World, count: int = 20, requests: int = 20_000) -> Row:
     """Requests without end on connections that never read an answer: they stall themselves and nobody else."""
-    row = Row("answers that are never read")
+    cases = Cases("answers that are never read")
     with ExitStack() as stack:
         deaf = [stack.enter_context(connect(world.port)) for _ in range(count)]
         for sock in deaf:
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
             sock.setblocking(False)
-            left = cases.OK * requests
+            left = given.OK * requests
             while left and (rest := _send_some(sock, left)) != left:
                 left = rest
-        _others_are_served(row, world)
-    return row
+        _others_are_served(cases, world)
+    return cases.row()
 
 
 def attack_unread_streams(world: World, count: int = 4) -> Row:
     """Streams that are never read: each stalls for itself; others are served meanwhile."""
-    row = Row("streams that are never read")
+    cases = Cases("streams that are never read")
     flood = of(world, "flood", None)
     if flood is None:
-        row.note = "not tried: this world has no model that floods"
-        return row
+        return cases.not_tried("this world has no model that floods")
     body = json.dumps({"model": flood, "stream": True, "messages": [{"role": "user", "content": "go on"}]}).encode()
     request = b"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: %d\r\n\r\n" % len(body) + body
     with ExitStack() as stack:
@@ -496,33 +513,33 @@ def attack_unread_streams(world: World, count: int = 4) -> Row:
             sock = stack.enter_context(connect(world.port))
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
             sock.sendall(request)
-            row.judge("the stream began", held=sock.recv(12) == b"HTTP/1.1 200")
-        _others_are_served(row, world)
-    return row
+            cases.judge("the stream began", held=sock.recv(12) == b"HTTP/1.1 200")
+        _others_are_served(cases, world)
+    return cases.row()
 
 
-def _others_are_served(row: Row, world: World, count: int = 20) -> None:
+def _others_are_served(cases: Cases, world: World, count: int = 20) -> None:
     for _ in range(count):
         started = time.monotonic()
         world.check()
-        row.judge("another client", held=time.monotonic() - started < PATIENCE, seen="it had to wait")
+        cases.judge("another client", held=time.monotonic() - started < PATIENCE, seen="it had to wait")
 
 
 def attack_huge_bodies(world: World) -> Row:
     """A body that is too large: 413 before it is read, whether it says its size or not."""
-    row = Row("a 1 GB body: 413 before it is read")
+    cases = Cases("a 1 GB body: 413 before it is read")
     most = of(world, "max_body", 32 * 1024**2)
     for path in ("/v1/chat/completions", "/v1/embeddings", "/portway/load", "/nowhere"):
         head = f"POST {path} HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n".encode()
         answers, ended = converse(world.port, head + b"Content-Length: %d\r\n\r\n" % GIGABYTE)
-        row.judge(f"{path}, announced", held=ended and [a.code for a in answers] == ["body_too_large"], seen=answers)
+        cases.judge(f"{path}, announced", held=ended and [a.code for a in answers] == ["body_too_large"], seen=answers)
         with connect(world.port) as sock:
             sent = _pour(sock, head + b"Transfer-Encoding: chunked\r\n\r\n", most + 64 * 1024**2)
             said = _receive_some(sock)
         held = said[9:12] == b"413" and sent < most + 32 * 1024**2
-        row.judge(f"{path}, chunked", held=held, seen=(sent, said[:60]))
+        cases.judge(f"{path}, chunked", held=held, seen=(sent, said[:60]))
     world.check()
-    return row
+    return cases.row()
 
 
 def _pour(sock: socket.socket, head: bytes, most: int) -> int:
@@ -543,23 +560,23 @@ def _pour(sock: socket.socket, head: bytes, most: int) -> int:
 
 def attack_hostile_json(world: World) -> Row:
     """JSON that is none, that nests too deep, that says things twice: a clear 400, or it does no harm."""
-    row = Row("hostile JSON: depth, numbers, duplicates, encodings")
+    cases = Cases("hostile JSON: depth, numbers, duplicates, encodings")
     model = a_model(world.port).encode()
     with Connection(world.port) as connection:
-        for body in cases.bodies(model):
+        for body in given.bodies(model):
             started = time.monotonic()
             try:
                 answer = connection.ask("POST", "/v1/chat/completions", {}, body.data)
             except (OSError, Broken) as exc:
                 connection.close()
-                row.judge(body.name, held=False, seen=exc)
+                cases.judge(body.name, held=False, seen=exc)
                 continue
             right = answer.status == body.status if body.status else answer.status < 500
             clear = answer.status == 200 or b'"message"' in answer.body
             quick = time.monotonic() - started < PATIENCE / 2
-            row.judge(body.name, held=right and clear and quick, seen=(answer.status, answer.body[:120]))
+            cases.judge(body.name, held=right and clear and quick, seen=(answer.status, answer.body[:120]))
     world.check()
-    return row
+    return cases.row()
 
 
 # --- injection, SSRF, routes ------------------------------------------------------------------------
@@ -569,7 +586,7 @@ _EVIL = "x\r\nX-Evil: 1\r\n\r\nHTTP/1.1 200 OK\r\n\r\n\x1b[2J\u010a\u010dy"
 
 def attack_header_injection(world: World) -> Row:
     """Line ends and escapes in everything that a client names: no answer gets a header or a line of the client's."""
-    row = Row("header injection by names, fields and headers")
+    cases = Cases("header injection by names, fields and headers")
     model = a_model(world.port)
     messages = [{"role": "user", "content": "hi"}]
     bodies: dict[str, dict[str, Any]] = {
@@ -585,39 +602,39 @@ def attack_header_injection(world: World) -> Row:
         for name, body in bodies.items():
             for stream in (False, True):
                 data = json.dumps({**body, "stream": stream}).encode()
-                _clean(row, connection, name, "POST", "/v1/chat/completions", {}, data)
+                _clean(cases, connection, name, "POST", "/v1/chat/completions", {}, data)
         for path in (f"/v1/models/{quote(_EVIL)}", f"/{quote(_EVIL)}", f"/v1/models/x?{quote(_EVIL)}"):
-            _clean(row, connection, path, "GET", path, {}, b"")
+            _clean(cases, connection, path, "GET", path, {}, b"")
         for header in ("X-Portway-Fallback", "Cache-Control", "X-Portway-Client", "User-Agent", "Origin"):
-            _clean(row, connection, header, "GET", "/v1/models", {header: "a\x85b\xadX-Evil: 1"}, b"")
-    return row
+            _clean(cases, connection, header, "GET", "/v1/models", {header: "a\x85b\xadX-Evil: 1"}, b"")
+    return cases.row()
 
 
 def _clean(
-    row: Row, connection: Connection, case: str, method: str, path: str, headers: Mapping[str, str], body: bytes
+    cases: Cases, connection: Connection, case: str, method: str, path: str, headers: Mapping[str, str], body: bytes
 ) -> None:
     try:
         answer = connection.ask(method, path, headers, body)
     except (OSError, Broken) as exc:
         connection.close()
-        row.judge(case, held=False, seen=exc)
+        cases.judge(case, held=False, seen=exc)
         return
     odd = [name for name, value in answer.headers if name == "x-evil" or not (value.isprintable() and value.isascii())]
-    row.judge(case, held=not odd and answer.status != 500, seen=(answer.status, answer.headers))
+    cases.judge(case, held=not odd and answer.status != 500, seen=(answer.status, answer.headers))
 
 
 def attack_remote_images(world: World) -> Row:
     """Addresses that a model server would fetch from inside this network: refused, with what to send instead."""
-    row = Row("SSRF: http(s), file and other image addresses")
+    cases = Cases("SSRF: http(s), file and other image addresses")
     model = a_model(world.port)
     with Connection(world.port) as connection:
-        for address in cases.REMOTE:
+        for address in given.REMOTE:
             for path, body in _with_address(model, address):
                 for data in _spellings(body):
                     answer = connection.ask("POST", path, {}, data)
                     held = answer.status == 400 and answer.code == "remote_image" and b"data: URL" in answer.body
-                    row.judge(f"{path} {data[:160]!r}", held=held, seen=(answer.status, answer.body[:100]))
-    return row
+                    cases.judge(f"{path} {data[:160]!r}", held=held, seen=(answer.status, answer.body[:100]))
+    return cases.row()
 
 
 def _with_address(model: str, address: str) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -645,20 +662,20 @@ def _spellings(body: dict[str, Any]) -> Iterator[bytes]:
 
 def attack_foreign_paths(world: World) -> Row:
     """What the servers behind have, and Portway has not: 404, whoever asks and however it is written."""
-    row = Row("paths that are not in the route table")
+    cases = Cases("paths that are not in the route table")
     with Connection(world.port) as connection:
-        for path in cases.FOREIGN_PATHS:
+        for path in given.FOREIGN_PATHS:
             for method in ("GET", "POST", "DELETE", "PUT"):
                 try:
                     answer = connection.ask(method, path, {}, b"{}" if method == "POST" else b"")
                 except (OSError, Broken) as exc:
                     connection.close()
-                    row.judge(f"{method} {path}", held=False, seen=exc)
+                    cases.judge(f"{method} {path}", held=False, seen=exc)
                     continue
                 known = path.startswith(("/v1/models/", "/models/"))  # there {id} may be anything
                 held = answer.code in (("model_not_found", "method_not_allowed") if known else ("not_found",))
-                row.judge(f"{method} {path}", held=held, seen=(answer.status, answer.body[:100]))
-    return row
+                cases.judge(f"{method} {path}", held=held, seen=(answer.status, answer.body[:100]))
+    return cases.row()
 
 
 Attack = Callable[[World], Row]
