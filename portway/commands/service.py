@@ -395,7 +395,11 @@ def _uninstall(system: System, _options: _Options) -> int:
         system.run(["systemctl", "--user", "daemon-reload"])
     for path in removed:
         print(f"removed {path}")
-    print("Configuration, log and cache are where they were." if removed else "There is no service of Portway's here.")
+    print(
+        "Configuration, log, cache and measures are where they were."
+        if removed
+        else "There is no service of Portway's here."
+    )
     return OK
 
 
@@ -417,7 +421,8 @@ def _sentence(state: State, version: str | None, url: str) -> str:
     if not state.loaded:
         return "installed, but the service manager has not loaded it; `portway service install` does that"
     before = f"; before that it ended: {state.last}" if state.last else ""
-    again = f"; started again {state.restarts} times" if state.restarts else ""
+    count = {0: "", 1: "once", 2: "twice"}.get(state.restarts or 0, f"{state.restarts} times")
+    again = f"; started again {count}" if count else ""
     if not state.running:
         return f"not running{before.replace('before that ', '')}; `portway service logs` says more"
     if version is None:
