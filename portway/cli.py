@@ -230,14 +230,15 @@ _RESIDENCY = ("ps", "load", "unload", "models")
 
 
 def _serve(options: dict[str, Any]) -> int:
-    from portway import config, proxy
+    from portway import config
+    from portway.commands import serve
 
     try:
         loaded = config.load(options.get("--config"), os.environ)
     except config.ConfigError as exc:
         return _refuse(exc)
     listening = _listen_elsewhere(loaded, options.get("--host"), options.get("--port"))
-    return proxy.serve(listening, config_path=options.get("--config"), environ=os.environ)
+    return serve.serve(listening, config_path=options.get("--config"), environ=os.environ)
 
 
 def _check(options: dict[str, Any]) -> int:

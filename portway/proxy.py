@@ -11,10 +11,8 @@ request a coroutine, which waits for its backend while the loop goes on looking 
 from __future__ import annotations
 
 import errno
-import gc
 import os
 import select
-import signal
 import socket
 import socketserver
 import threading
@@ -26,29 +24,27 @@ from dataclasses import replace
 from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from itertools import islice
-from queue import Empty, SimpleQueue
 from typing import TYPE_CHECKING, Any, NamedTuple
 from urllib.parse import unquote
 
-from portway import descriptors, stderr
+from portway import stderr
 from portway.answers import Found, Shared, fields_of
 from portway.cache.flights import Flights
 from portway.cache.rules import Control, parse_control
 from portway.cache.store import Cache
 from portway.call import ENDPOINTS, Endpoint
-from portway.config import ConfigError, ConfigWatcher, is_loopback
+from portway.config import ConfigError, is_loopback
 from portway.errors import ClientError, ClientGone, PortwayError, Stopping
 from portway.fields import Mistake
 from portway.loop import HANGUP, POLLIN, Loop, Task
 from portway.memory import api as residency_api
 from portway.memory.measured import Notebook
-from portway.memory.measured import default_path as notebook_path
 from portway.memory.residency import Residency
 from portway.metrics import CONTENT_TYPE, Metrics
 from portway.quotas import Quotas, spent
 from portway.request import find_model, read_call
 from portway.routing import ChainExhausted, Cooling
-from portway.state import State, adjust, left_for_the_start, open_cache, open_log
+from portway.state import State, adjust, left_for_the_start
 from portway.telemetry import Log, Record
 from portway.vitals import BRIEF, Vitals
 from portway.watch import ClientWatch
@@ -74,10 +70,7 @@ if TYPE_CHECKING:
 RECEIVE = 65_536  # bytes asked of one recv()
 ACCEPT = 64  # connections taken at one go
 SWEEP = 1.0  # seconds between two looks for connections that have waited too long
-YOUNG = 10_000  # objects made before a collection of garbage: a request makes some hundred, and leaves no cycle
 MAX_PIPELINED = 262_144  # bytes read ahead while an answer is under way
-WATCH_CONFIG = 1.0  # seconds between two looks at the configuration file
-CLOSE_ASIDE = 2.0  # seconds given to the log's last lines at the end, and to the cache's last answers
 LARGE = 1_048_576  # bytes of a request that is read on a worker
 LAST_WORDS = 1.0  # seconds for cut requests to tell their clients and the log
 FRESH = 0.5  # seconds for which a connection without a request makes no room for others
@@ -1043,57 +1036,3 @@ class Daemon:
         catalogue.refresh()
         for line in catalogue.missing():
             self._say(line)
-
-
-def serve(config: Config, *, config_path: str | None, environ: Mapping[str, str]) -> int:
-    """Serve until SIGTERM or SIGINT; reload on SIGHUP and when the file has changed. The exit code."""
-    descriptors.allow(config.server.max_connections)
-    log, cache = open_log(config, environ), open_cache(config, environ)
-    try:
-        daemon = Daemon(config, log=log, cache=cache, notebook=Notebook(notebook_path(environ)))
-    except OSError as exc:
-        stderr.say(_cannot_listen(config.server.host, config.server.port, exc))
-        return 1
-    for warning in config.warnings:
-        stderr.say(f"warning: {warning}")
-    events: SimpleQueue[str] = SimpleQueue()  # its put() may be called from a signal handler
-    signal.signal(signal.SIGTERM, lambda *_: events.put("stop"))
-    signal.signal(signal.SIGINT, lambda *_: events.put("stop"))
-    signal.signal(signal.SIGHUP, lambda *_: events.put("reload"))
-    daemon.start()
-    gc.collect()
-    gc.freeze()
-    gc.set_threshold(YOUNG, 10, 10)
-    stderr.say(f"listening on {daemon.url}/v1, configured by {config.path}")
-    _attend(daemon, ConfigWatcher(config_path, environ), events)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # a second one ends it at once
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
-    daemon.stop()
-    for aside in (log, cache):
-        if aside:
-            aside.close(CLOSE_ASIDE)
-    return 0
-
-
-def _cannot_listen(host: str, port: int, exc: OSError) -> str:
-    from portway.commands.holder import describe  # seldom needed
-
-    holder = describe(host, port) if exc.errno == errno.EADDRINUSE else ""
-    return f"can't listen on {host}:{port}: {exc.strerror}; stop {holder or 'what does'}, or change server.port"
-
-
-def _attend(daemon: Daemon, watcher: ConfigWatcher, events: SimpleQueue[str]) -> None:
-    """Until "stop": reload when told to and when the file has changed."""
-    event = "start"
-    while event != "stop":
-        try:
-            new = watcher.reload() if event else watcher.poll()
-            if new is not None and (event != "start" or daemon.serves_other_than(new)):
-                daemon.use(new)
-                stderr.say(f"configuration reloaded from {new.path}")
-        except ConfigError as exc:
-            daemon.refuse(str(exc))
-        try:
-            event = events.get(timeout=WATCH_CONFIG)
-        except Empty:
-            event = ""

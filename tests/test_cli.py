@@ -166,8 +166,8 @@ class ServeTest(CliTest):
     """portway serve, up to where the daemon takes over."""
 
     def serve(self, *argv: str) -> Any:
-        """The recorded call of proxy.serve."""
-        serve = self.record("proxy", "serve")
+        """The recorded call of serve.serve."""
+        serve = self.record("commands.serve", "serve")
         outcome = run("serve", *argv)
         self.assertEqual((0, "", ""), outcome)
         return serve.call_args
@@ -191,7 +191,7 @@ class ServeTest(CliTest):
 
     def test_open_address_needs_keys(self) -> None:
         """An address that other machines can reach is refused on the command line as it is in the file."""
-        serve = self.record("proxy", "serve")
+        serve = self.record("commands.serve", "serve")
         for host in ("0.0.0.0", "192.168.1.7", "::", "box.lan"):
             outcome = run("serve", "--config", self.write(VALID), "--host", host)
             self.assertEqual(2, outcome.status)
@@ -201,13 +201,13 @@ class ServeTest(CliTest):
 
     def test_bad_configuration(self) -> None:
         """With a mistake in the configuration nothing is started."""
-        serve = self.record("proxy", "serve")
+        serve = self.record("commands.serve", "serve")
         self.assertEqual(78, run("serve", "--config", self.write("[modles]")).status)
         serve.assert_not_called()
 
     def test_exit_code(self) -> None:
         """The daemon's exit code is the command's."""
-        self.record("proxy", "serve").return_value = 1
+        self.record("commands.serve", "serve").return_value = 1
         self.assertEqual(1, run("serve", "--config", self.write(VALID)).status)
 
 

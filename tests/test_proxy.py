@@ -13,6 +13,7 @@ from unittest import mock
 
 from portway import config, proxy
 from portway.cache.store import Cache
+from portway.commands import serve
 from portway.standin.server import StandIn
 from portway.telemetry import Log
 from tests.daemon import Daemon, DaemonProcess
@@ -613,7 +614,7 @@ class StopTest(unittest.TestCase):
             port = holder.getsockname()[1]
             taken = replace(parsed, server=replace(parsed.server, port=port))
             with contextlib.redirect_stderr(io.StringIO()) as said:
-                self.assertEqual(1, proxy.serve(taken, config_path=None, environ={"HOME": home}))
+                self.assertEqual(1, serve.serve(taken, config_path=None, environ={"HOME": home}))
             self.assertIn(f"127.0.0.1:{port}", said.getvalue())
             self.assertIn("server.port", said.getvalue())
             self.assertIn(f"pid {os.getpid()}", said.getvalue())
