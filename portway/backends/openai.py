@@ -12,6 +12,7 @@ from __future__ import annotations
 import re
 import time
 from collections.abc import Mapping
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 from portway.backends.failures import in_stream
@@ -125,7 +126,12 @@ def splice(raw: bytes, body: dict[str, Any], model: str, additions: dict[str, An
     start, end = found.span(1)
     first = raw.index(b"{") + 1  # after a byte order mark, maybe
     more = dumps(additions)[1:-1] + b"," if additions else b""
-    return b"{%b%b%b%b" % (more, raw[first:start], dumps(model), raw[end:])
+    return b"{%b%b%b%b" % (more, raw[first:start], _quoted(model), raw[end:])
+
+
+@lru_cache(maxsize=256)
+def _quoted(name: str) -> bytes:
+    return dumps(name)
 
 
 def _has_escaped_key(raw: bytes) -> bool:
