@@ -119,8 +119,13 @@ class Watch(Protocol):
         """Wait for nothing but the time; raises ClientGone like the others."""
         ...
 
-    async def on_thread(self) -> None:
-        """From here on waits block: to be awaited before anything that can do nothing else."""
+    async def on_thread(self, *, for_good: bool = False) -> None:
+        """From here on waits block: to be awaited before anything that can do nothing else. for_good: to the
+        request's end; what runs coroutines by `finish` can't have them come back."""
+        ...
+
+    async def on_loop(self) -> None:
+        """What could only block is over, unless that was for good: waits need no thread, where there is a loop."""
         ...
 
 

@@ -1,7 +1,7 @@
 """One thread that runs many coroutines, each until it has to wait for a socket or for the time.
 
     start ──> runs on the loop's thread ──wait──> the loop polls ──> runs on ..
-                      └──move──> a worker thread runs the rest of it, where every wait blocks
+                      └──move──> runs on a worker thread, where every wait blocks ──come_back──> runs on ..
 
 A request needs no thread while it waits, and none while it works, unless it comes to something that can
 only block: then its coroutine moves. What a coroutine waits for it says through its Task; who holds one
@@ -29,7 +29,7 @@ POLLIN: Final = 1  # as select.POLLIN and select.EPOLLIN on every system
 POLLOUT: Final = 4
 HANGUP: Final = getattr(select, "POLLRDHUP", 0)  # an end that is seen without reading; Linux alone has it
 _NEVER = float("inf")
-_MOVE = object()  # what a coroutine yields to be moved to a thread; else it yields None
+_MOVE = object()  # what a coroutine yields to be moved to a thread, or back; else it yields None
 
 
 @coroutine
@@ -45,17 +45,36 @@ def _moving() -> Generator[object, bool, bool]:
 class Task:
     """Runs one coroutine after the other. busy: it has one. on_loop: the loop runs it, else a worker does.
 
-    moving: called on the loop just before the coroutine goes to a worker. ended: called on the loop
-    when a coroutine has ended, but for one that ends within `start`.
+    moving, returning: called on the loop just before the coroutine goes to a worker, or goes on on the loop.
+    ended: called on the loop when a coroutine has ended, but for one that ends within `start`.
     """
 
-    __slots__ = ("_coroutine", "_entry", "_loop", "_starting", "busy", "ended", "moving", "on_loop", "until")
+    __slots__ = (
+        "_coroutine",
+        "_entry",
+        "_loop",
+        "_starting",
+        "busy",
+        "ended",
+        "moving",
+        "on_loop",
+        "returning",
+        "until",
+    )
 
-    def __init__(self, loop: Loop, *, moving: Callable[[], None], ended: Callable[[], None]) -> None:
+    def __init__(
+        self,
+        loop: Loop,
+        *,
+        moving: Callable[[], None],
+        ended: Callable[[], None],
+        returning: Callable[[], None] = lambda: None,
+    ) -> None:
         self.busy = False
         self.on_loop = True
         self.until = _NEVER
         self.moving = moving
+        self.returning = returning
         self.ended = ended
         self._loop = loop
         self._coroutine: Coroutine[Any, Any, None] | None = None
@@ -76,7 +95,11 @@ class Task:
         return await _suspended()
 
     async def move(self) -> None:
-        """Go on, on a worker."""
+        """Go on, on a worker. Only on the loop."""
+        await _moving()
+
+    async def come_back(self) -> None:
+        """Go on, on the loop. Only on a worker."""
         await _moving()
 
     def let_go(self, sock: socket.socket) -> None:
@@ -121,14 +144,23 @@ class Task:
     def _run_on_a_worker(self) -> None:
         work = self._coroutine
         assert work is not None  # noqa: S101 - for the type checker
+        after: Callable[[], None] = self._end_told
         try:
-            work.send(True)  # its waits block from now on: it does not come back before its end
+            work.send(True)  # its waits block from now on: it yields only to come back
+            after = self._go_on
         except StopIteration:
             pass
         finally:
-            self._loop.post(self._came_back)
+            self._loop.post(after)
 
-    def _came_back(self) -> None:
+    def _go_on(self) -> None:
+        """On the loop again."""
+        self.on_loop = True
+        self._loop.tasks.add(self)
+        self.returning()
+        self._step(True)
+
+    def _end_told(self) -> None:
         self._end(tell=True)
 
     def _end(self, *, tell: bool) -> None:
@@ -202,31 +234,38 @@ class Loop:
 
     # the loop's thread
 
-    def run(self, sweep: Callable[[], None], every: float) -> None:
-        """Until `stop`; `sweep` is called `every` so many seconds."""
-        poll, entries = self._poller.poll, self._entries
+    def run(self, sweep: Callable[[], None], every: float, report: Callable[[Exception], object]) -> None:
+        """Until `stop`; `sweep` is called `every` so many seconds. What is called may raise nothing: if it does all
+        the same, `report` is told, and the loop goes on, since all that is served hangs on it."""
         swept = time.monotonic()
         try:
             while not self._stopping:
-                now = time.monotonic()
-                for fd, events in poll(max(0.0, min(self._next, swept + every) - now)):
-                    entry = entries.get(fd)
-                    if entry is None:
-                        continue  # closed by what came before it in this very round
-                    if entry.task is not None:
-                        entry.task.wake(ready=True)
-                    elif entry.stirred is not None:
-                        entry.stirred(events)
-                    else:
-                        self._forget(fd)
-                now = time.monotonic()
-                if now >= self._next:
-                    self._expire(now)
-                if now - swept >= every:
-                    sweep()
-                    swept = now
+                try:
+                    self._round(swept + every)
+                    if time.monotonic() - swept >= every:
+                        swept = time.monotonic()
+                        sweep()
+                except Exception as exc:  # noqa: BLE001 - reported
+                    report(exc)
         finally:
             self._stopped.set()
+
+    def _round(self, until: float) -> None:
+        """Wait, until then at most, and deal with what has happened."""
+        entries = self._entries
+        for fd, events in self._poller.poll(max(0.0, min(self._next, until) - time.monotonic())):
+            entry = entries.get(fd)
+            if entry is None:
+                continue  # closed by what came before it in this very round
+            if entry.task is not None:
+                entry.task.wake(ready=True)
+            elif entry.stirred is not None:
+                entry.stirred(events)
+            else:
+                self._forget(fd)
+        now = time.monotonic()
+        if now >= self._next:
+            self._expire(now)
 
     def attach(self, sock: socket.socket, stirred: Callable[[int], None], mask: int = POLLIN) -> None:
         """Call `stirred` with the events whenever something comes in, until `detach`."""
@@ -275,7 +314,10 @@ class Loop:
 
     def _forget(self, fd: int) -> None:
         del self._entries[fd]
-        self._poller.unregister(fd)
+        try:
+            self._poller.unregister(fd)
+        except OSError:
+            return  # another thread, whose connection it was last, has just closed it
 
     def _register(self, fd: int, mask: int) -> None:
         try:
@@ -286,7 +328,8 @@ class Loop:
     def _expire(self, now: float) -> None:
         """Wake those whose time is over."""
         for task in [task for task in self.tasks if task.until <= now]:
-            task.wake(ready=False)
+            if task.until <= now:  # else one before it has woken or ended it
+                task.wake(ready=False)
         self._next = min((task.until for task in self.tasks), default=_NEVER)
 
     def _hear(self, _events: int) -> None:

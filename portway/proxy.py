@@ -248,7 +248,7 @@ class Handler(BaseHTTPRequestHandler):
         self._buffer = b""
         self._reading: Incoming | None = None
         self.began = 0.0  # time.monotonic() when the request that is coming in began to
-        self.task = Task(self.server.loop, moving=self._look_away, ended=self._ended)
+        self.task = Task(self.server.loop, moving=self._look_away, returning=self._look_back, ended=self._ended)
         self.watch = ClientWatch(self.connection, self.read_ahead, self.task)
 
     def handle(self) -> None:
@@ -310,6 +310,10 @@ class Handler(BaseHTTPRequestHandler):
     def _look_away(self) -> None:
         """The loop no longer looks at the client."""
         self.server.loop.detach(self.connection)
+
+    def _look_back(self) -> None:
+        """The loop looks at it again, in the middle of a request."""
+        self.server.loop.attach(self.connection, self.stirred, HANGUP if self.watch.is_sated else POLLIN)
 
     def _look_again(self) -> None:
         """It does, and at all that it sends."""
@@ -596,6 +600,7 @@ class Handler(BaseHTTPRequestHandler):
         if len(raw) > LARGE:
             await self.watch.on_thread()  # what takes its time to be read must not keep the others waiting
         call = read_call(endpoint, raw, state.config, self._key)
+        await self.watch.on_loop()
         self._record.begin(call)
         if call.stream:
             self._stream = EventStream(self)
@@ -651,19 +656,19 @@ class Handler(BaseHTTPRequestHandler):
 
     async def get_residency(self, _rest: str) -> None:
         """GET /portway/residency."""
-        await self.watch.on_thread()
+        await self.watch.on_thread(for_good=True)
         await self.respond(200, b"", dumps(residency_api.overview(self.server.daemon.residency, self.watch)))
 
     async def post_load(self, raw: bytes) -> None:
         """POST /portway/load."""
-        await self.watch.on_thread()
+        await self.watch.on_thread(for_good=True)
         await self.respond(
             200, b"", dumps(residency_api.load(self.server.daemon.residency, loads_object(raw), self.watch))
         )
 
     async def post_unload(self, raw: bytes) -> None:
         """POST /portway/unload."""
-        await self.watch.on_thread()
+        await self.watch.on_thread(for_good=True)
         await self.respond(
             200, b"", dumps(residency_api.unload(self.server.daemon.residency, loads_object(raw), self.watch))
         )
@@ -794,7 +799,7 @@ class Server(ThreadingHTTPServer):
         """The loop, until shutdown()."""
         self.socket.setblocking(False)
         self.loop.attach(self.socket, self._accept)
-        self.loop.run(self._sweep, poll_interval)
+        self.loop.run(self._sweep, poll_interval, self.daemon.unforeseen)
 
     def shutdown(self) -> None:
         """Stop accepting; requests on workers go on. Any thread."""

@@ -38,6 +38,7 @@ class ClientWatch:
         self._every = 0.0
         self._beat_at = 0.0
         self._stopping = False
+        self._stays = False  # on its worker, to the end of the request
 
     def stop(self) -> None:
         """The daemon ends: the wait that sees the client's end next raises Stopping. Any thread."""
@@ -45,7 +46,7 @@ class ClientWatch:
 
     def begin(self, every: float, beat: Callable[[], Awaitable[None]] | None) -> None:
         """A new request: call `beat` whenever the client has heard nothing for `every` seconds."""
-        self.phase, self.waited = "waiting", 0.0
+        self.phase, self.waited, self._stays = "waiting", 0.0, False
         self._beat, self._every = beat, every
         if beat is not None:
             self.heard()
@@ -66,10 +67,16 @@ class ClientWatch:
         """See Watch.pause."""
         await self._wait(None, 0, until)
 
-    async def on_thread(self) -> None:
+    async def on_thread(self, *, for_good: bool = False) -> None:
         """See Watch.on_thread."""
+        self._stays = self._stays or for_good
         if self._task is not None and self._task.on_loop:
             await self._task.move()
+
+    async def on_loop(self) -> None:
+        """See Watch.on_loop."""
+        if self._task is not None and not self._task.on_loop and not self._stays:
+            await self._task.come_back()
 
     async def client_writable(self, until: float) -> bool:
         """Wait until the client takes more, without a word to it meanwhile; False once it is `until`."""
@@ -165,8 +172,11 @@ class NoClient:
         """See Watch.pause."""
         time.sleep(max(0.0, until - time.monotonic()))
 
-    async def on_thread(self) -> None:
+    async def on_thread(self, *, for_good: bool = False) -> None:
         """See Watch.on_thread."""
+
+    async def on_loop(self) -> None:
+        """See Watch.on_loop."""
 
 
 def _ready(sock: socket.socket, events: int, until: float) -> bool:

@@ -68,13 +68,14 @@ class Running:
         self.workers = Workers(4, "test")
         self.loop = Loop(self.workers, self.poller)
         self.sweeps = 0
+        self.reported: list[Exception] = []
         self.events: list[tuple[str, bool]] = []  # what befell the tasks, and whether on the loop's thread
         self.thread = threading.Thread(target=self._run, daemon=True)
         self.thread.start()
         test.addCleanup(self.stop)
 
     def _run(self) -> None:
-        self.loop.run(self._sweep, 60.0)
+        self.loop.run(self._sweep, 60.0, self.reported.append)
 
     def _sweep(self) -> None:
         self.sweeps += 1
@@ -112,7 +113,12 @@ class Job:
     """A task, and what became of it."""
 
     def __init__(self, running: Running, work: Callable[[Task], Coroutine[Any, Any, object]]) -> None:
-        self.task = Task(running.loop, moving=lambda: running.note("moving"), ended=self._ended)
+        self.task = Task(
+            running.loop,
+            moving=lambda: running.note("moving"),
+            returning=lambda: running.note("returning"),
+            ended=self._ended,
+        )
         self.results: list[object] = []
         self.is_over = threading.Event()
         self._running = running
@@ -366,6 +372,28 @@ class Moving(LoopCase):
         self.assertEqual(("ended", True), running.events[-1])
 
     @each_poller
+    def test_coming_back(self, running: Running) -> None:
+        """What came to a worker can go on on the loop, is told so there, and waits there again."""
+        ours, theirs = self.pair()
+        on_loop: list[bool] = []
+
+        async def work(task: Task) -> bool:
+            await task.move()
+            on_loop.append(threading.current_thread() is running.thread)
+            await task.come_back()
+            on_loop.append(threading.current_thread() is running.thread)
+            ready = await task.wait(ours, POLLIN, later())
+            on_loop.append(threading.current_thread() is running.thread)
+            return ready
+
+        job = running.start(work)
+        wait_for(lambda: len(on_loop) == 2, "its coming back")
+        theirs.send(b"x")
+        self.assertTrue(job.result())
+        self.assertEqual([False, True, True], on_loop)
+        self.assertEqual([("moving", True), ("returning", True), ("ended", True)], running.events)
+
+    @each_poller
     def test_at_once(self, running: Running) -> None:
         """A work that moves before it has waited is one that is busy after `start`."""
 
@@ -391,6 +419,58 @@ class Moving(LoopCase):
         job = running.start(work)
         running.call(lambda: job.task.throw(ClientGone()))
         self.assertIs(False, job.result())
+
+
+class Trouble(LoopCase):
+    @each_poller
+    def test_closed_by_another_thread(self, running: Running) -> None:
+        """A pooled connection that stirs, and that a worker closes before the loop lets it go, costs nothing."""
+        ours, theirs = self.pair()
+        self.assertIs(False, running.start(lambda task: task.wait(ours, POLLIN, later(SHORT))).result())
+        poll = running.poller.poll
+
+        def poll_and_close(timeout: float) -> list[tuple[int, int]]:
+            ready = poll(timeout)
+            if any(fd == number for fd, _ in ready):
+                ours.close()
+            return ready
+
+        number = ours.fileno()
+        running.call(lambda: setattr(running.poller, "poll", poll_and_close))  # between two polls
+        theirs.send(b"x")
+        wait_for(lambda: ours.fileno() < 0, "its being closed")
+        self.assertIs(False, running.start(lambda task: task.wait(None, 0, later(SHORT))).result())
+        self.assertEqual([], running.reported)
+
+    @each_poller
+    def test_a_mistake(self, running: Running) -> None:
+        """What raises is reported, and everything else goes on."""
+        mistake = RuntimeError("a mistake")
+
+        def fail() -> None:
+            raise mistake
+
+        running.loop.post(fail)
+        wait_for(lambda: bool(running.reported), "the report")
+        self.assertEqual([mistake], running.reported)
+        self.assertIs(False, running.start(lambda task: task.wait(None, 0, later(SHORT))).result())
+
+    @each_poller
+    def test_two_whose_time_is_over_at_once(self, running: Running) -> None:
+        """One that ends the other's wait meanwhile does not have it woken twice."""
+        until = later(SHORT)
+
+        async def work(task: Task) -> bool:
+            ready = await task.wait(None, 0, until)
+            for other in jobs:
+                if other.task is not task and other.task.busy:
+                    other.task.throw(ClientGone())
+            return ready
+
+        jobs = running.call(lambda: [Job(running, work) for _ in range(2)])
+        results = [job.result() for job in jobs]
+        self.assertEqual({False, True}, {isinstance(result, ClientGone) for result in results})
+        self.assertEqual([], running.reported)
 
 
 class Attached(LoopCase):
@@ -577,9 +657,9 @@ class Posting(LoopCase):
 
     def test_the_sweep(self) -> None:
         """It comes at its intervals, whether anything happens or not."""
-        swept = threading.Semaphore(0)
+        swept, reported = threading.Semaphore(0), []
         loop = Loop(Workers(1, "test"))
-        thread = threading.Thread(target=loop.run, args=(swept.release, 0.005), daemon=True)
+        thread = threading.Thread(target=loop.run, args=(swept.release, 0.005, reported.append), daemon=True)
         thread.start()
         for _ in range(5):
             self.assertTrue(swept.acquire(timeout=LONG))

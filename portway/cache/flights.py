@@ -323,8 +323,12 @@ class _LeaderWatch:
         await self._wait(None, 0, until)
         return None
 
-    async def on_thread(self) -> None:
-        await self._client.on_thread()
+    async def on_thread(self, *, for_good: bool = False) -> None:
+        await self._client.on_thread(for_good=for_good)
+
+    async def on_loop(self) -> None:
+        if self._leader.gone is None:  # else nobody on the loop looks at who waits
+            await self._client.on_loop()
 
     async def _wait(self, sock: socket.socket | None, event: int, until: float) -> bool:
         await self.on_thread()

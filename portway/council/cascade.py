@@ -41,7 +41,7 @@ class CascadeBackend:
         on the call is a thread's."""
         assert isinstance(target.panel, Cascade)  # noqa: S101 - State gives it no other
         refuse_others(call, target)
-        await watch.on_thread()
+        await watch.on_thread(for_good=True)
         steps = [Step(self._models[member.name], member.params) for member in target.panel.members]
         return CascadeAnswer(call, target, steps, self._router, limits.deadline, watch)
 

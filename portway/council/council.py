@@ -105,7 +105,7 @@ class CouncilBackend:
         for name, why in _REFUSED.items():
             if call.body.get(name):
                 raise not_by(target, why, name)
-        await watch.on_thread()
+        await watch.on_thread(for_good=True)
         members = [self._complete(self._models[member.name]) for member in council.members]
         together = run_together(members, council.parallel, self._fits_together)
         chairman = self._complete(self._models[council.chairman])
@@ -371,8 +371,11 @@ class LeashWatch:
         """See Watch.pause."""
         self._wait(-1, 0, until)
 
-    async def on_thread(self) -> None:
+    async def on_thread(self, *, for_good: bool = False) -> None:
         """See Watch.on_thread."""
+
+    async def on_loop(self) -> None:
+        """See Watch.on_loop."""
 
     def _wait(self, fd: int, events: int, until: float) -> bool:
         poller = select.poll()

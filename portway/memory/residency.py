@@ -332,6 +332,13 @@ class Residency:
         if not taken:
             await watch.on_thread()
             wish = self._arrange(seat, watch, until, others)
+            place = Place(self, wish)
+            try:
+                await watch.on_loop()
+            except BaseException:
+                place.leave()
+                raise
+            return place
         return Place(self, wish)
 
     def began(self, wish: Wish) -> None:
