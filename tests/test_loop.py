@@ -657,7 +657,8 @@ class Posting(LoopCase):
 
     def test_the_sweep(self) -> None:
         """It comes at its intervals, whether anything happens or not."""
-        swept, reported = threading.Semaphore(0), []
+        swept = threading.Semaphore(0)
+        reported: list[Exception] = []
         loop = Loop(Workers(1, "test"))
         thread = threading.Thread(target=loop.run, args=(swept.release, 0.005, reported.append), daemon=True)
         thread.start()
