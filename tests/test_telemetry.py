@@ -225,6 +225,29 @@ class Lines(unittest.TestCase):
         self.assertIsNone(self.line(load_s=math.inf)["load_s"])
         self.assertIsNone(self.line(queue_s=math.nan)["queue_s"])
 
+    def test_sizes_of_a_stored_answer(self):
+        """As it has them; what a server sent for a number that is none is not known."""
+        choice = {"message": {"content": "four"}}
+        usage: Any
+        for usage, counts in (({"prompt_tokens": 3, "completion_tokens": 4}, (3, 4)), (None, (None, None))):
+            document = json.dumps({"choices": [choice], "usage": usage}).encode()
+            found = self.line(document=document, cache_hit=True)
+            self.assertEqual(
+                (*counts, 4), tuple(found[name] for name in ("prompt_tokens", "completion_tokens", "response_chars"))
+            )
+        usage = {"prompt_tokens": "3", "completion_tokens": [4]}
+        self.assertIsNone(self.line(document=json.dumps({"usage": usage}).encode(), cache_hit=True)["prompt_tokens"])
+
+    def test_any_depth_and_length_of_a_prompt(self):
+        """The hash is of each text and a zero byte, in the order sent, also of texts that are hashed by themselves."""
+        long = "\u00e9" * 10_000
+        parts = [{"type": "text", "text": long}, {"type": "text", "text": "b", "x": [[True, None, 2.5]]}]
+        messages = [{"role": "user", "content": "a"}, {"role": "user", "content": parts}]
+        texts = ["user", "a", "user", "text", long, "text", "b", "True", "2.5", long]
+        expected = hashlib.sha256("".join(f"{text}\0" for text in texts).encode()).hexdigest()[:16]
+        found = self.line(body={"input": long, "messages": messages})
+        self.assertEqual((expected, 20_002), (found["prompt_hash"], found["prompt_chars"]))
+
     def test_served_takes_what_the_backend_counted(self):
         """From a Served, as routing makes them."""
         tally = SimpleNamespace(
@@ -338,22 +361,59 @@ class Queue(InAFolder):
         """Beyond that a line goes without its hash; what has been written makes room again."""
         body = {"prompt": "x"}
         log = self.log()
+        self.enterContext(mock.patch.object(telemetry, "MAX_AT_ONCE", 99))
         with mock.patch.object(telemetry, "MAX_WAITING_BYTES", 100):
             log.record(a_record(1, body=body, size=101))
             log.record(a_record(2, body=body, size=100))
             while not log.written:
                 self.assertTrue(log._writer.is_alive())
-            log.record(a_record(3, body=body, size=100))
-            log.close(PATIENCE)
+            with mock.patch.object(telemetry, "GATHER", 10_000.0):
+                log.record(a_record(3, body=body, size=100))
+                log.record(a_record(4, body=body, size=100))
+                log.close(PATIENCE)
         hashed = {found["id"]: found["prompt_hash"] is not None for found in lines_of(self.path)}
-        self.assertEqual(hashed, {"r1": False, "r2": True, "r3": True})
+        self.assertEqual(hashed, {"r1": False, "r2": True, "r3": True, "r4": False})
 
     def test_a_body_is_let_go(self):
-        """The record that its daemon may still hold keeps no prompt."""
-        log, record = self.log(), a_record(body={"prompt": "x"}, size=10)
-        log.record(record)
+        """The record that its daemon may still hold keeps no prompt: a short one not for a moment."""
+        log = self.log()
+        short, long = (a_record(body={"prompt": "x"}, size=size, document=b"{}") for size in (10, 100_000))
+        log.record(short)
+        self.assertEqual((None, b""), (short.body, short.document))
+        log.record(long)
         log.close(PATIENCE)
-        self.assertIsNone(record.body)
+        self.assertEqual((None, b""), (long.body, long.document))
+
+    def test_long_and_short_ones_keep_their_order(self):
+        """Whether the line was made at once or is made by the writer."""
+        log = self.log()
+        for number in range(200):
+            log.record(a_record(number, body={"prompt": "x"}, size=number % 3 * telemetry.MAX_AT_ONCE))
+        log.close(PATIENCE)
+        lines = lines_of(self.path)
+        self.assertEqual([f"r{number}" for number in range(200)], [found["id"] for found in lines])
+        self.assertEqual(1, len({found["prompt_hash"] for found in lines}))
+
+    def test_lines_gather(self):
+        """The writer wakes for the first one, and writes those that come meanwhile with it; close() waits for none."""
+        sizes: list[int] = []
+        written = threading.Event()
+
+        def write(file: int, data: bytes) -> int:
+            sizes.append(data.count(b"\n"))
+            written.set()
+            return os.write(file, data)
+
+        with mock.patch.object(telemetry, "GATHER", 0.2):
+            log = self.log(write=write)
+            for number in range(100):
+                log.record(a_record(number))
+            self.assertTrue(written.wait(PATIENCE))
+            with mock.patch.object(telemetry, "GATHER", 10_000.0):
+                for number in range(100):
+                    log.record(a_record(number))
+                self.assertTrue(log.close(PATIENCE))
+        self.assertEqual((200, True), (sum(sizes), len(sizes) < 20), sizes)
 
     def test_the_price_may_change(self):
         """From the next line on."""

@@ -6,11 +6,12 @@ look like replay.py's.
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
+
+from portway.wire.digest import LONG, digest
 
 if TYPE_CHECKING:
     from portway.call import Call, Served
@@ -19,7 +20,6 @@ if TYPE_CHECKING:
 KEY_VERSION = "portway-2"  # a change of what the key covers, or of what Portway makes of a request, raises it
 SHAPELESS = frozenset(("model", "stream", "stream_options", "user", "metadata"))  # no part in what is answered
 _ACTING = ("tools", "functions", "web_search_options")  # the answer depends on, or changes, the world outside
-_LONG = 8192  # characters from which a text is hashed by itself: to copy 200 KB takes as long as to hash it
 
 
 # --- what the client wants of the cache -----------------------------------------------------------
@@ -123,15 +123,7 @@ def _key(seed: bytes, call: Call) -> bytes:
         if name not in SHAPELESS:
             parts.append(f'"{len(name)}:{name}')
             _spell(body[name], parts)
-    sha = hashlib.sha256(seed)
-    start = 0
-    for at, part in enumerate(parts):
-        if len(part) > _LONG:
-            sha.update(_utf8("".join(parts[start:at])))
-            sha.update(_utf8(part))
-            start = at + 1
-    sha.update(_utf8("".join(parts[start:])))
-    return sha.digest()
+    return digest(parts, seed)
 
 
 def _spell(value: Any, parts: list[str]) -> None:
@@ -139,7 +131,7 @@ def _spell(value: Any, parts: list[str]) -> None:
     length, so that none has to be searched for what would need escaping."""
     kind = type(value)
     if kind is str:
-        if len(value) > _LONG:
+        if len(value) > LONG:
             parts += (f'"{len(value)}:', value)
         else:
             parts.append(f'"{len(value)}:{value}')
@@ -161,16 +153,12 @@ def _spell(value: Any, parts: list[str]) -> None:
 def _spell_pair(pair: dict[str, Any], parts: list[str]) -> bool:
     """Most of what a long prompt consists of, in half the time: {"role": .., "content": ..} and the like."""
     (first, one), (second, two) = pair.items()
-    if type(one) is not str or type(two) is not str or len(one) + len(two) > _LONG:
+    if type(one) is not str or type(two) is not str or len(one) + len(two) > LONG:
         return False
     if first > second:
         first, one, second, two = second, two, first, one
     parts.append(f"&{len(first)}:{first}{len(one)}:{one}{len(second)}:{second}{len(two)}:{two}")
     return True
-
-
-def _utf8(text: str) -> bytes:
-    return text.encode("utf-8", "surrogatepass")  # JSON may hold lone surrogates
 
 
 # --- whether to keep ------------------------------------------------------------------------------

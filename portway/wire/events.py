@@ -128,9 +128,8 @@ def loads(data: bytes) -> Any:
 
 def dumps(value: Any) -> bytes:
     """Compact UTF-8 JSON. Lone surrogates, legal as escapes in JSON but not in UTF-8, stay escapes."""
-    text = _encode(value)
     try:
-        return text.encode("utf-8")
+        return _encode(value).encode("utf-8")
     except UnicodeEncodeError:
         return _encode_ascii(value).encode("ascii")
 
