@@ -45,7 +45,7 @@ class Guards:
                 code="host_not_allowed",
             )
         cors = self._cors(headers)
-        if head.method == "POST" and not cors and not _is_json(headers) and _from_browser(headers):
+        if head.method == "POST" and not _is_json(headers) and _from_browser(headers):
             raise ClientError("Send Content-Type: application/json.", status=415, code="unsupported_media_type")
         return cors
 

@@ -47,6 +47,7 @@ class Attacked:
 
     header_timeout = 1.0
     body_timeout = 1.0
+    write_timeout = 2.0
     max_body = 4 * MB
     flood = "flood"
 
@@ -94,7 +95,7 @@ class Attacked:
             [server]
             header_timeout = {self.header_timeout}
             body_timeout = {self.body_timeout}
-            write_timeout = 2
+            write_timeout = {self.write_timeout}
             max_body = {self.max_body}
             {self._server}
             [backends.standin]
@@ -122,6 +123,10 @@ class Attacked:
             [models.flood]
             backend = "flooding"
             model = "physical"
+            [models.shared]
+            backend = "flooding"
+            model = "physical"
+            cache = "1h"
             {self._rest}
         """
 

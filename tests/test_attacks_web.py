@@ -38,7 +38,7 @@ class WebTest(AttackCase):
             answer = client.ask("OPTIONS", "/v1/models")
             self.assertEqual([], [name for name, _ in answer.headers if name.startswith("access-control")])
             answer = client.ask("POST", "/v1/embeddings", {"Origin": origin, "Content-Type": "text/plain"}, b"{}")
-            self.assertEqual(400, answer.status)  # what a listed page may send is its own affair
+            self.assertEqual(415, answer.status)  # as JSON it has to ask first
 
     def test_a_form_without_a_browser(self):
         """cron's `curl -d` calls its JSON a form, and is served."""

@@ -115,7 +115,8 @@ class OriginTest(unittest.TestCase):
         self.refused(Origin="http://localhost:11436", Sec_Fetch_Site="cross-site")
         self.refused(Origin="http://localhost:11436", Sec_Fetch_Site="same-site")
         served = guards('allowed_origins = ["http://localhost:3000"]')
-        self.assertTrue(served.check(head(Origin="http://localhost:3000", Sec_Fetch_Site="same-site")))
+        listed = head(Origin="http://localhost:3000", Sec_Fetch_Site="same-site", Content_Type="application/json")
+        self.assertTrue(served.check(listed))
 
     def test_content_types(self):
         """cron's `curl -d` may send a form's content type; a browser may not."""
