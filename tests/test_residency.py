@@ -11,6 +11,7 @@ import unittest
 import urllib.request
 from collections.abc import Callable, Mapping
 from typing import Any, ClassVar
+from unittest import mock
 
 from portway import config
 from portway.backends.ollama import OllamaBackend
@@ -213,6 +214,44 @@ class RulesTest(Rules):
         self.assertIsNone(self.enter(self.wish("young", 4)))
         self.assertEqual({"idle": LOADED, "a": LOADED}, self.statuses())
 
+    def test_the_room_that_is_being_made(self) -> None:
+        """Nobody takes it who asked later, not even a small one that would fit beside what is still there."""
+        busy = self.wish("a", 6)
+        self.enter(busy)
+        self.ledger.began(busy, 0.0)
+        old, small = self.wish("old", 9.5), self.wish("small", 0.8)
+        self.assertEqual([None, None], [self.enter(old), self.enter(small)])
+        self.ledger.release(busy, 1.0)
+        [(wish, action)] = self.ledger.turn(1.0)
+        self.assertIs(old, wish)
+        self.assertEqual(["a"], self.victims(action))
+        self.assertEqual([], self.ledger.turn(1.0))
+
+    def test_what_another_client_loads(self) -> None:
+        """It is not unloaded before it is there, however small it is."""
+        self.ledger.merge("one", [Seen("theirs", GB // 2, loading=True)], 0.0, 0.0)
+        wish = self.wish("a", 9.8)
+        self.assertIsNone(self.enter(wish))
+        self.assertEqual("theirs to be idle", wish.why)
+
+    def test_what_another_client_failed_to_load(self) -> None:
+        """It is forgotten, and keeps nobody from loading any longer."""
+        self.ledger.merge("one", [Seen("theirs", 6 * GB, loading=True)], 0.0, 0.0)
+        wish = self.wish("a", 3)
+        self.assertIsNone(self.enter(wish))
+        self.assertEqual("another load's end", wish.why)
+        self.ledger.merge("one", [], 1.0, 1.0)
+        self.assertEqual({}, self.statuses())
+        self.assertEqual([(wish, Go(load=True))], self.ledger.turn(1.0))
+
+    def test_the_short_way(self) -> None:
+        """Whoever finds its model there goes at once; but not past those that wait."""
+        self.loaded("a", 4)
+        self.assertTrue(self.ledger.take(self.wish("a", 4), 0.0))
+        self.loaded("c", 1)
+        self.assertIsNone(self.enter(self.wish("b", 9)))
+        self.assertFalse(self.ledger.take(self.wish("c", 1), 0.0))
+
     def test_what_is_leaving_anyway(self) -> None:
         """Nothing more is unloaded if what is on its way out makes room enough."""
         leaver = self.loaded("leaver", 6)
@@ -301,6 +340,18 @@ class RulesTest(Rules):
         self.ledger.merge("one", [], 8.5, 8.5)
         self.assertEqual({}, self.statuses())
 
+    def test_a_load_that_was_given_up_and_is_asked_for_again(self) -> None:
+        """It need not wait for its own doubtful rest."""
+        self.ledger.min_stay = 60.0
+        wish = self.wish("a", 6, at=5.0)
+        self.enter(wish)
+        self.ledger.began(wish, 5.0)
+        self.ledger.release(wish, 5.0)
+        resident = self.ledger.residents[wish.runner]
+        self.ledger.leaving(resident)
+        self.ledger.stayed(resident, 11.0, 6.0)
+        self.assertEqual(Go(load=True), self.enter(self.wish("a", 6, at=7.0)))
+
     def test_what_could_not_be_unloaded(self) -> None:
         """It is left alone for a while, and something else goes."""
         self.loaded("a", 4, keep_alive=1.0)
@@ -330,6 +381,11 @@ class RulesTest(Rules):
         self.ledger.budget = Budget(11 * GB, 11 * GB, firm=True)
         self.assertEqual((), self.ledger.surplus(11.0))
         self.ledger.budget = Budget(10 * GB, 10 * GB, firm=True)
+        self.assertEqual(1, len(self.ledger.surplus(11.0)))
+        waits = self.wish("c", 9, at=11.0)
+        self.ledger.waiting.append(waits)  # it makes its own room
+        self.assertEqual((), self.ledger.surplus(11.0))
+        self.ledger.leave(waits)
         self.ledger.leaving(self.ledger.residents[first.runner])
         self.assertEqual((), self.ledger.surplus(11.0))
 
@@ -634,6 +690,32 @@ class ThreadsTest(Served):
         self.assertEqual({"a"}, self.in_memory())
         self.assertEqual(0, self.memory.stats().overcommits)
 
+    def test_a_server_that_has_just_gone(self) -> None:
+        """What is to be unloaded there is gone with it; nobody waits for that."""
+        self.ask("a")
+        self.settle()
+        self.standins["one"].stop()
+        for hearing in self.residency._hearing.values():
+            hearing.looked_at = time.monotonic()  # it is not looked at before
+        with self.place("c", seconds=2.0) as place:
+            self.assertTrue(place.wish.loads)
+
+    def test_a_server_that_fails_is_not_asked_at_once_again(self) -> None:
+        """It would cost each load the time of that question."""
+        self.standins["one"].fail("/api/ps", "500", times=None)
+        for _ in range(3):
+            self.residency.refresh(NoClient())
+        self.assertEqual(1, self.paths("one").count("/api/ps"))
+
+    def test_a_server_that_does_not_answer(self) -> None:
+        """A request waits only a moment for what it has loaded, and goes on."""
+        self.standins["one"].fail("/api/ps", "hang", times=None)
+        with mock.patch("portway.memory.residency.GLANCE", 0.05):
+            started = time.monotonic()
+            with self.place("c"):
+                self.assertLess(time.monotonic() - started, 2.0)
+        self.standins["one"].release()
+
     def test_reload(self) -> None:
         """What is loaded stays known under a new configuration, but behind a server that has moved."""
         self.ask("b")
@@ -763,6 +845,17 @@ class WarmTest(Served):
         self.assertIn(b"[DONE]", self.ask("c"))
         error = self.refused("cold", "a", others=("c", "b"))
         self.assertIn("c is loaded", error.message)
+
+    def test_its_share_of_the_time(self) -> None:
+        """What takes longer than this attempt's share takes too long, whatever first_token says."""
+        self.residency.refresh(NoClient())
+        a = self.config.models["a"]
+        self.residency._measured.time(a.backend.url, self.residency._seats["a"].runner.name, 3.0)
+        self.ask("c")
+        self.settle()
+        self.refused("cold", "a", seconds=2.0, others=("c",))
+        with self.place("a", seconds=4.0, others=("c",)) as place:
+            self.assertTrue(place.wish.loads)
 
     def test_nobody_is_warm(self) -> None:
         """Then it is loaded after all; and it is warm from then on."""

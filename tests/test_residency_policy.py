@@ -64,6 +64,17 @@ class PolicyTest(Served):
                 self.assertNotIn("/api/chat", self.paths(backend)[before:])
         self.assertEqual(0, self.memory.stats().reloads)
 
+    def test_while_it_is_used(self) -> None:
+        """Its keep_alive counts from the end of its use, so until then nothing is to be corrected."""
+        self.ask("a")
+        self.told("one", "a", "24h")
+        with self.place("a"):
+            before = len(self.paths("one"))
+            self.check()
+            self.assertNotIn("/api/chat", self.paths("one")[before:])
+        self.check()
+        self.assertIn("/api/chat", self.paths("one")[before:])
+
     def test_about_to_go(self) -> None:
         """One that is about to go is let go: by the time it is told, it might have to be loaded again."""
         self.ask("a")

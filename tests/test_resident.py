@@ -218,6 +218,43 @@ class LlamaSwapTest(unittest.TestCase):
         self.residency.check()
         self.assertEqual(["left"], self.unloaded)
 
+    def test_at_once(self) -> None:
+        """keep_alive 0 is not kept waiting for the monitor's next round."""
+        text = '[memory]\nbudget = "10GB"\nmin_stay = 0\ncheck = 3600\n[backends.swap]\nkind = "openai"\n'
+        text += f'url = "{self.url}"\n[models.left]\nbackend = "swap"\nmodel = "left"\nsize = "1GB"\nkeep_alive = 0\n'
+        parsed = config.parse(text, "models.toml", {})
+        residency = Residency(parsed, read=memory.Reading)
+        self.addCleanup(residency.stop)
+        residency.start()
+        with residency.place(parsed.models["left"], NoClient(), time.monotonic() + SOON) as place:
+            place.began()
+            wait_for(lambda: residency._asleep or not residency._poke.is_set(), "the monitor's round after the load")
+        wait_for(lambda: self.unloaded == ["left"], "its unloading")
+
+    def test_it_is_awaited(self) -> None:
+        """One whose time is over stays where somebody waits for it, for a place at its server say."""
+        text = f'[memory]\nbudget = "99GB"\n[backends.swap]\nkind = "openai"\nurl = "{self.url}"\nmax_parallel = 1\n'
+        for name, keep_alive in (("left", 0), ("org/right-7b-q8_0", -1)):
+            text += f'[models."{name}"]\nbackend = "swap"\nmodel = "{name}"\nsize = "1GB"\nkeep_alive = {keep_alive}\n'
+        parsed = config.parse(text, "models.toml", {})
+        residency = Residency(parsed, read=memory.Reading)
+        self.addCleanup(residency.stop)
+
+        def place(name: str) -> Any:
+            return residency.place(parsed.models[name], NoClient(), time.monotonic() + SOON)
+
+        with place("left") as first:
+            first.began()
+        with place("org/right-7b-q8_0"):
+            waiting = threading.Thread(target=lambda: place("left").leave())
+            waiting.start()
+            wait_for(lambda: len(residency.snapshot().waiting) == 1, "its waiting")
+            residency.check()
+            self.assertEqual([], self.unloaded)
+        waiting.join(SOON)
+        residency.check()
+        self.assertEqual(["left"], self.unloaded)
+
 
 class LlamaSwapWordsTest(unittest.TestCase):
     def test_names(self) -> None:
@@ -284,8 +321,10 @@ class OtherServersTest(unittest.TestCase):
 
     def test_one_that_does_not_tell(self) -> None:
         """vLLM and the like: requests go on, and it is told why nobody minds them."""
+        asked: list[str] = []
 
         def answer(request: ScriptedRequest) -> bytes:
+            asked.append(request.path)
             known = {"data": [{"id": "a-70b", "owned_by": "vllm"}]} if request.path == "/v1/models" else {}
             return json_reply(known, 200 if known else 404)
 
@@ -293,6 +332,9 @@ class OtherServersTest(unittest.TestCase):
         with finish(residency.place(parsed.models["a"], NoClient(), time.monotonic() + SOON)):
             pass
         self.assertEqual({"x": "it does not tell what it has loaded"}, residency_api.health(residency)["unasked"])
+        before = len(asked)
+        residency.refresh(NoClient())
+        self.assertEqual(before, len(asked))  # it won't tell the next minute either
         for act in (residency.load, residency.unload):
             with self.assertRaises(BackendError) as caught:
                 act(parsed.models["a"], NoClient(), time.monotonic() + SOON)

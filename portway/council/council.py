@@ -593,7 +593,7 @@ class CouncilAnswer(Composed):
                 if isinstance(error, ClientError) or error.code == "bad_request":
                     raise  # the request itself is at fault
                 failures.append(error)
-                if error.code == "total_timeout":
+                if time.monotonic() >= self._deadline:
                     break
             else:
                 self._take_chair(served)

@@ -360,8 +360,8 @@ class Ledger:
                 del self.residents[runner]
 
     def _is_gone(self, resident: Resident, began: float, now: float) -> bool:
-        if resident.users or resident.status in (LOADING, LEAVING) or resident.changed_at >= began:
-            return False
+        if resident.users or resident.status == LEAVING or resident.changed_at >= began:
+            return False  # what loads and has no user is another client's: its load has failed
         # a load that was given up is not listed either, as long as its server winds it up
         return resident.status != DOUBTFUL or now >= resident.changed_at + DOUBT
 
