@@ -626,6 +626,44 @@ class Counting(InFolder):
         assert stats is not None
         self.assertEqual(Counts(hits=1, misses=1, stores=1), stats.counts)
 
+    def test_uses_outlive_a_failure_to_write_them(self):
+        """What was looked up meanwhile is not forgotten for that, as far as there is room to remember it."""
+        self.enterContext(mock.patch.object(cache, "WRITE_PATIENCE", 0.01))
+        self.enterContext(mock.patch.object(cache, "MAX_USED", 2))
+        made = self.a_cache()
+        self.fill(made, range(4))
+        with closing(sqlite3.connect(self.path, isolation_level=None)) as db:
+            db.execute("UPDATE answers SET used_at = 1")
+            db.execute("BEGIN IMMEDIATE")
+            self.assertEqual([3, 2, 1], self.found(made, 3, 2, 1))
+            made.flush(0)
+            self.wait_for_word("locked")
+        self.wait_for_word("works again")
+        self.assertTrue(made.flush(PATIENCE))
+        with closing(sqlite3.connect(self.path)) as db:
+            used = {key for (key,) in db.execute("SELECT key FROM answers WHERE used_at > 1")}
+        self.assertEqual({key_of(3), key_of(2)}, used)
+
+    def test_an_answer_that_is_replaced_while_it_is_written(self):
+        """The newer one is not lost with the older one's leaving the queue."""
+        made = self.a_cache()
+        write, replaced = CacheFile.write, threading.Event()
+
+        def slow(file: CacheFile, rows: Any, *rest: Any) -> None:
+            write(file, rows, *rest)
+            if rows and not replaced.is_set():
+                self.put(made, 1, "newer")
+                replaced.set()
+
+        with mock.patch.object(CacheFile, "write", slow):
+            self.put(made, 1, "older")
+            self.assertTrue(replaced.wait(PATIENCE))
+            self.assertTrue(made.flush(PATIENCE))
+        made.close()
+        entry = self.a_cache().get(key_of(1), "fast-9b")
+        assert entry is not None
+        self.assertEqual(b"newer", entry.document)
+
     def test_puts_tells_whether_a_miss_may_be_out_of_date(self):
         """It changes with each answer that is handed in, and with nothing else."""
         made = self.a_cache()
@@ -712,6 +750,36 @@ class Trouble(InFolder):
         self.assertEqual(b"not a database " * 1000, Path(kept).read_bytes())
         self.assertEqual(("", [made.notice]), (made.problem, self.said))
         self.assertIn(kept, made.notice)
+
+    def test_what_belongs_to_a_corrupt_file_goes_with_it(self):
+        """A write-ahead log of the old file must not get into the new one."""
+        os.makedirs(os.path.dirname(self.path))
+        for suffix in ("", "-wal", "-shm"):
+            Path(self.path + suffix).write_bytes(b"old" + suffix.encode())
+        kept = cache_file.set_aside(self.path)
+        self.assertEqual([kept, f"{kept}-shm", f"{kept}-wal"], cache_file.aside(self.path))
+        self.assertEqual(b"old-wal", Path(f"{kept}-wal").read_bytes())
+        self.assertEqual(3, len(os.listdir(os.path.dirname(self.path))))
+
+    def test_a_trouble_is_said_once_however_long_it_lasts(self):
+        """Each new try that fails for the same reason is no news."""
+        for name in ("RETRY_AFTER", "RETRY_AT_MOST"):
+            self.enterContext(mock.patch.object(cache, name, 0.01))
+        made = Cache("/dev/null/cache.sqlite3", say=self.say)
+        self.addCleanup(made.close)
+        wait_for(lambda: made._failures > 5, "some tries")
+        self.assertEqual([made.problem], self.said)
+
+    def test_who_looks_up_does_not_wait_for_the_file(self):
+        """Whatever others do with it, a look-up fails within milliseconds, and is a miss."""
+        CacheFile(self.path, 5).close()
+        with closing(sqlite3.connect(self.path, isolation_level=None)) as db:
+            db.execute("PRAGMA locking_mode = EXCLUSIVE").fetchone()
+            db.execute("BEGIN EXCLUSIVE")
+            asked = self.enterContext(mock.patch.object(sqlite3, "connect", side_effect=sqlite3.connect))
+            with closing(cache_file.Readers(self.path)) as readers, self.assertRaises(sqlite3.OperationalError):
+                readers.find(key_of(1))
+            self.assertLessEqual(asked.call_args.kwargs["timeout"], 0.01)
 
     def test_a_file_that_becomes_corrupt_is_set_aside(self):
         """A look-up that meets torn pages is a miss; the next answers go to a new file."""
@@ -890,8 +958,7 @@ class Commands(InFolder):
         old = time.time() - 8 * 86_400
         with closing(CacheFile(self.path, 5)) as file:
             rows = [
-                Row(key_of(number), "fast-9b", old if number < 3 else time.time(), "", b"secret")
-                for number in range(600)
+                Row(key_of(number), "fast-9b", old + 2 * 86_400 * (number >= 3), "", b"secret") for number in range(600)
             ]
             file.write([*rows, Row(key_of(1000), "embed", time.time(), "", b"{}")])
         Path(self.path + ".corrupt-1").write_text("x", encoding="utf-8")
@@ -904,6 +971,26 @@ class Commands(InFolder):
             self.assertEqual((0, {}), (file.stats().entries, file.stats().models))
         self.assertNotIn(b"secret", Path(self.path).read_bytes())
         self.assertEqual([], cache_file.aside(self.path))
+
+    def test_nothing_of_what_was_purged_can_be_read(self):
+        """Not in the free pages of a file in which other answers stay, nor in the write-ahead log; also where SQLite
+        was not made to overwrite what it deletes, as Debian's is."""
+        connect = cache_file._connect
+
+        def plain(path: str, patience: float) -> sqlite3.Connection:
+            db = connect(path, patience)
+            db.execute("PRAGMA secure_delete = OFF").fetchone()
+            return db
+
+        self.enterContext(mock.patch.object(cache_file, "_connect", plain))
+        with closing(CacheFile(self.path, 5)) as file:
+            for number in range(300):
+                text = b"secret-%d-%s" % (number, os.urandom(8)) if number % 2 else b"public"
+                file.write([Row(key_of(number), "ab"[number % 2], time.time(), "", text)])
+        self.assertEqual((0, "150 entries deleted\n", ""), self.run_cli("purge", "--model", "b"))
+        files = [path for path in Path(self.path).parent.iterdir() if not path.name.endswith(".off")]
+        self.assertIn(b"public", Path(self.path).read_bytes())
+        self.assertEqual([], [path.name for path in files if b"secret" in path.read_bytes()])
 
     def test_a_running_cache_sees_a_purge(self):
         """What was deleted by another process is a miss."""
@@ -920,6 +1007,7 @@ class Commands(InFolder):
         made = self.a_cache()
         self.fill(made, range(3))
         self.assertEqual(0, self.run_cli("off")[0])
+        self.assertEqual(0o600, os.stat(self.path + cache.OFF_SUFFIX).st_mode & 0o777)
         made.flush(PATIENCE)
         self.assertIn("turned off", made.problem)
         self.put(made, 5)
