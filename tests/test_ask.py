@@ -356,6 +356,29 @@ class TestAnswer(AskTestCase):
             self.assertEqual((done.returncode, done.stdout), (0, b"Hi.\n"))
             self.assertEqual(done.stderr.decode(), "[degraded: fast-9b \u2192 fast-1b]\n")
 
+    def test_a_council_that_is_not_complete_is_said(self):
+        """Who of it failed, was cut off, or was stood in for. One that is complete is none, nor is a cascade's step."""
+        seat = {"model": "a", "served_by": "a", "status": "ok"}
+        broken = {"model": "b", "served_by": None, "status": "server_error"}
+        other = {"model": "c", "served_by": "d", "status": "ok"}
+        council = {"served_by": "council(a>c)", "council": "degraded", "members": [seat, broken], "chairman": other}
+        whole = {**council, "council": "ok", "members": [seat, seat], "chairman": seat}
+        steps = {"steps": [{"model": "b", "served_by": "b", "reason": "cut"}, {"model": "a", "served_by": "a"}]}
+        demoted = {"steps": [*steps["steps"], {"model": "c", "served_by": "d"}]}
+        attempts = {"X-Portway-Attempts": "b=cut(0.1s); a=ok"}
+        for facts, by, headers, note in (
+            (council, "council(a>c)", {}, "[degraded: b: server_error, c \u2192 d]\n"),
+            (whole, "council(a,a>a)", {}, ""),
+            (steps, "cascade(b>a)", attempts, ""),
+            (demoted, "cascade(b>a>d)", attempts, "[degraded: c \u2192 d]\n"),
+        ):
+            with self.subTest(facts):
+                body = {**completion("Hi."), "portway": facts}
+                self.server.add(json_reply(body, headers={"X-Served-By": by, **headers}))
+                done = self.ask("q")
+                self.assertEqual((done.returncode, done.stderr.decode()), (0, note))
+        self.assertEqual(self.ask("--last").stderr.decode(), "[degraded: c \u2192 d]\n")
+
     def test_warnings_of_the_daemon_are_passed_on(self):
         """They say that the answer is not quite what was asked for."""
         self.server.add(json_reply(completion("Hi."), headers={"X-Portway-Warning": "seed was ignored"}))
