@@ -953,6 +953,26 @@ class Commands(InFolder):
         self.assertRegex(out, r"fast-9b +1 +1 B +1 +1 +50.0%\n")
         self.assertRegex(out, r"embed +1 +2 B +0 +0 +-\n")
 
+    def test_what_a_program_is_told(self):
+        """The same as one JSON document; of no file, too."""
+        nothing = json.loads(self.run_cli("--json")[1])
+        self.assertEqual([0, None, None], [nothing["total"][key] for key in ("entries", "oldest", "hit_rate")])
+        self.assertFalse(nothing["off"])
+        made = self.a_cache()
+        self.put(made, 1)
+        self.found(made, 1, 2, 3)
+        made.close()
+        self.run_cli("off")
+        status, out, err = self.run_cli("--json")
+        told = json.loads(out)
+        self.assertEqual((0, ""), (status, err))
+        self.assertEqual((self.path, True), (told["file"], told["off"]))
+        counts = {"hits": 1, "misses": 2, "stores": 1, "evictions": 0, "hit_rate": 0.333333}
+        self.assertEqual({"fast-9b": {"entries": 1, "size": 1, **counts}}, told["models"])
+        self.assertEqual({"entries": 1, **counts}, {key: told["total"][key] for key in ("entries", *counts)})
+        self.assertGreater(told["total"]["size"], 1000)
+        self.assertLess(abs(told["total"]["oldest"] - time.time()), PATIENCE)
+
     def test_purge(self):
         """By model, by age, or all, which begins the counts anew and takes corrupt files along."""
         old = time.time() - 8 * 86_400
