@@ -478,6 +478,21 @@ class Trouble(InFolder):
         wait_for(lambda: made._failures > 5, "some tries")
         self.assertEqual([made.problem], self.said)
 
+    def test_a_slow_disk_is_left_alone_for_a_while(self):
+        """The look-up that it kept waiting is answered all the same; then there is no cache but in memory."""
+        made = self.a_cache()
+        self.fill(made, range(2))
+        with mock.patch.object(cache, "SLOW", -1.0):
+            self.assertEqual([0], self.found(made, 0))
+            self.assertEqual([], self.found(made, 1))
+            self.put(made, 2)
+            self.assertEqual([2], self.found(made, 2))
+            self.wait_for_word("can't be used: a look-up took 0.0 s")
+        self.assertGreater(made._retry_at - time.monotonic(), cache.RETRY_AT_MOST / 2)
+        made._retry_at = 0.0
+        self.assertTrue(made.flush(PATIENCE))
+        self.assertEqual([0, 1, 2], self.found(made, 0, 1, 2))
+
     def test_who_looks_up_does_not_wait_for_the_file(self):
         """Whatever others do with it, a look-up fails within milliseconds, and is a miss."""
         CacheFile(self.path, 5).close()
