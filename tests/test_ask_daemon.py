@@ -198,15 +198,15 @@ class AskedForReal(unittest.TestCase):
         self.assertIn("playing qwen3.5:9b", later.stdout)
 
     def test_a_council(self) -> None:
-        """Its one answer; where a part of it failed, or was stood in for, the note says who did answer."""
+        """Its one answer; where a part of it failed, or was stood in for, the note says who and why."""
         done = self.ask("--council", "Why?")
         self.assertEqual((0, ""), (done.returncode, done.stderr))
         self.assertIn("playing qwen3.5:9b", done.stdout)
         self.backend.fail("/api/chat", BROKEN)
-        self.assertEqual("[degraded: council(three>nine)]\n", self.ask("--council", "Why?").stderr)
+        self.assertEqual("[degraded: three: server_error]\n", self.ask("--council", "Why?").stderr)
         self.backend.fail("qwen3.5:9b", BROKEN)
-        self.assertEqual("[degraded: council(three,three>three)]\n", self.ask("--council", "Why?").stderr)
-        self.assertEqual("[degraded: council(three,three>three)]\n", self.ask("--last").stderr)
+        self.assertEqual("[degraded: nine \u2192 three]\n", self.ask("--council", "Why?").stderr)
+        self.assertEqual("[degraded: nine \u2192 three]\n", self.ask("--last").stderr)
 
     def test_a_cascade(self) -> None:
         """The next one's answering is what it is for; -v tells why."""

@@ -5,7 +5,6 @@ from __future__ import annotations
 import fcntl
 import json
 import os
-import pathlib
 import signal
 import subprocess
 import threading
@@ -147,9 +146,11 @@ class NoLog(AskTestCase):
         """Who never ran the daemon, or wants no log, gets none; nor does it matter."""
         done = self.ask("q", environ={"PORTWAY_URL": "http://127.0.0.1:9"})
         self.assertEqual(3, done.returncode)
-        self.assertEqual([], list(self.folder.rglob("log.jsonl")))
         folder = self.folder / ".local" / "share" / "portway" / "log.jsonl"
-        folder.mkdir(parents=True)
+        folder.parent.mkdir(parents=True)
+        self.ask("q", environ={"PORTWAY_URL": "http://127.0.0.1:9"})
+        self.assertEqual([], list(self.folder.rglob("log.jsonl")))
+        folder.mkdir()
         done = self.ask("q", environ={"PORTWAY_URL": "http://127.0.0.1:9"})
         self.assertEqual((3, 1), (done.returncode, done.stderr.count(b"\n")))
 
@@ -171,7 +172,7 @@ class Together(JournalCase):
             self.assertEqual(telemetry.log_path(environ), journal.log_path(environ))
 
     def test_whoever_writes_just_now_is_waited_for(self) -> None:
-        """For a moment; and if the file was renamed meanwhile, the line goes to the new one."""
+        """For a moment, and no longer."""
         with self.log.open("ab") as held:
             fcntl.flock(held, fcntl.LOCK_EX)
             journal.note(Errand(), 3, "not_running", self.environ)
@@ -179,12 +180,25 @@ class Together(JournalCase):
             with mock.patch.object(journal, "PATIENCE", PATIENCE):
                 waiting = threading.Thread(target=journal.note, args=(Errand(), 3, "not_running", self.environ))
                 waiting.start()
-                self.log.rename(self.folder / "rotated")
-                self.log.touch(0o600)
                 fcntl.flock(held, fcntl.LOCK_UN)
                 waiting.join(PATIENCE)
         self.assertEqual((3, "not_running", None), self.line())
-        self.assertEqual("", pathlib.Path(self.folder / "rotated").read_text())
+
+    def test_a_rotation_in_between(self) -> None:
+        """If the file was renamed before it could be locked, the line goes to the new one."""
+        rotated = self.folder / "rotated"
+        lock = journal._locked
+
+        def locked(file: int) -> bool:
+            if not rotated.exists():
+                self.log.rename(rotated)
+                self.log.touch(0o600)
+            return lock(file)
+
+        with mock.patch.object(journal, "_locked", locked):
+            journal.note(Errand(), 3, "not_running", self.environ)
+        self.assertEqual((3, "not_running", None), self.line())
+        self.assertEqual("", rotated.read_text())
 
     def test_stats_counts_it_apart(self) -> None:
         """A request that the daemon has a line for is not counted twice, and one without a daemon is told."""

@@ -97,6 +97,8 @@ class Page(unittest.TestCase):
         self.assertEqual(found['portway_time_to_first_token_seconds_sum{model="m"}'], 0.5)
         self.assertEqual(found['portway_overhead_seconds_count{model="m"}'], 1)
         self.assertAlmostEqual(found['portway_overhead_seconds_sum{model="m"}'], 0.0005)
+        metrics.observe(a_record(model="m", waited=9.0))  # by two clocks a wait may seem longer than the whole
+        self.assertAlmostEqual(samples(metrics)['portway_overhead_seconds_sum{model="m"}'], 0.0005)
         self.assertEqual(found['portway_request_duration_seconds_count{model="other"}'], 0)
         self.assertEqual(found['portway_tokens_total{model="m",kind="prompt"}'], 3)
         self.assertEqual(found['portway_tokens_total{model="m",kind="completion"}'], 5)

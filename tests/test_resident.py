@@ -226,7 +226,7 @@ class LlamaSwapTest(unittest.TestCase):
         residency = Residency(parsed, read=memory.Reading)
         self.addCleanup(residency.stop)
         residency.start()
-        with residency.place(parsed.models["left"], NoClient(), time.monotonic() + SOON) as place:
+        with finish(residency.place(parsed.models["left"], NoClient(), time.monotonic() + SOON)) as place:
             place.began()
             wait_for(lambda: residency._asleep or not residency._poke.is_set(), "the monitor's round after the load")
         wait_for(lambda: self.unloaded == ["left"], "its unloading")
@@ -241,7 +241,7 @@ class LlamaSwapTest(unittest.TestCase):
         self.addCleanup(residency.stop)
 
         def place(name: str) -> Any:
-            return residency.place(parsed.models[name], NoClient(), time.monotonic() + SOON)
+            return finish(residency.place(parsed.models[name], NoClient(), time.monotonic() + SOON))
 
         with place("left") as first:
             first.began()

@@ -197,6 +197,11 @@ class Lines(unittest.TestCase):
         """JSON may hold them; UTF-8 may not."""
         self.assertEqual(self.line(body={"prompt": "\ud800"})["prompt_chars"], 1)
 
+    def test_names_from_outside_are_bounded(self):
+        """A client may call itself, and a server its error, whatever it likes."""
+        found = self.line(client="c" * 1000, error="e" * 1000, model="m" * 1000)
+        self.assertEqual(["c" * 128, "e" * 128, "m" * 128], [found[name] for name in ("client", "error", "model")])
+
     def test_what_is_saved(self):
         """The reference price of answers that cost nothing: own servers' and the cache's, nobody else's."""
         price = Price(0.15, 0.60)
@@ -731,6 +736,15 @@ class Rotation(InAFolder):
         file.close()
         self.assertEqual([found["n"] for found in lines_of(self.path)], [1, 2, 3])
         self.assertEqual(len(old_files(self.path)), 1)
+
+    def test_a_rotation_that_somebody_else_has_done_meanwhile(self):
+        """Whoever gets the lock second finds a new file with room in it, which stays."""
+        file = LogFile(self.path, max_bytes=50)
+        file.append([a_line(1)])
+        file._rotate(1)  # as if it had looked full a moment before
+        self.assertEqual(old_files(self.path), [])
+        file.close()
+        self.assertEqual([found["n"] for found in lines_of(self.path)], [1])
 
     def test_a_rotation_that_fails_loses_no_line(self):
         """The file grows, `problem` says so, and it ends by itself."""

@@ -484,6 +484,7 @@ class Answer:
     def _read_whole(self, body: dict[str, Any]) -> None:
         if "error" in body:
             raise Failure(_message(body))
+        self._learn(body.get("portway") or {})
         self._take(body, "message")
 
     def _take(self, chunk: dict[str, Any], part: str) -> None:
@@ -510,20 +511,18 @@ class Answer:
         """Who answers, instead of whom, and what the daemon warns of: said before the answer."""
         self._served_by = facts.get("served_by") or self._served_by
         self._attempts = facts.get("attempts") or self._attempts
-        asked, composed = self._attempts.partition("=")[0], "(" in self._served_by  # by a council, or a cascade
-        if facts.get("council") == "degraded":
-            self._demoted(self._served_by)  # somebody in it failed, or was stood in for
-        elif asked and self._served_by not in ("", asked) and not composed:
-            self._demoted(f"{asked} \u2192 {self._served_by}")
+        asked = self._attempts.partition("=")[0]
+        how = ""
+        if "(" in self._served_by:  # council(a,b>c): then the attempts are those of its members, and no chain's
+            how = _stood_in(facts)
+        elif asked and self._served_by not in ("", asked):
+            how = f"{asked} \u2192 {self._served_by}"
+        if how and not self.demotion:
+            self.demotion = f"[degraded: {how}]"
+            self._terminal.note(self.demotion)
         warnings = facts.get("warnings") or []
         for warning in [warnings] if isinstance(warnings, str) else warnings:
             self._terminal.note(f"[warning: {warning}]")
-
-    def _demoted(self, how: str) -> None:
-        """Say so, once."""
-        if not self.demotion:
-            self.demotion = f"[degraded: {how}]"
-            self._terminal.note(self.demotion)
 
     def _code(self, text: str) -> str:
         code = code_block(text)
@@ -542,6 +541,20 @@ class Answer:
         if "completion_tokens" in usage:
             facts.append(f"{usage.get('prompt_tokens', '?')} + {usage['completion_tokens']} tokens")
         return f"[{'; '.join(facts)}; {seconds:.{2 if seconds < 10 else 0}f} s]"
+
+
+def _stood_in(facts: Mapping[str, Any]) -> str:
+    """Who of a council, or of a cascade's last step, did not answer as itself; "" if all did, or if that is not
+    known yet."""
+    seats = [*(facts.get("members") or ()), facts.get("chairman") or {}] if facts.get("council") == "degraded" else []
+    said = []
+    for seat in (*seats, *(facts.get("steps") or ())[-1:]):
+        name, served_by, status = seat.get("model") or "", seat.get("served_by") or "", seat.get("status") or "ok"
+        if status != "ok":
+            said.append(f"{name}: {status}")
+        elif served_by not in ("", name):
+            said.append(f"{name} \u2192 {served_by}")
+    return ", ".join(said)
 
 
 def _events(pieces: Iterable[bytes]) -> Iterator[bytes]:

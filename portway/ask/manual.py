@@ -124,8 +124,8 @@ DESCRIPTION
     name. Without QUESTION, standard input is the question.
 
     If the model that was asked fails, Portway may ask another one. Then stderr
-    always says so: [degraded: fast-9b \u2192 fast-1b]; and where somebody in a
-    council failed, who was left: [degraded: council(fast-9b>think-9b)].
+    always says so: [degraded: fast-9b \u2192 fast-1b]; likewise if one of a council
+    did not answer.
 
     On a terminal, control characters in an answer are shown, not obeyed. Into a
     pipe the answer goes as it is, in UTF-8.

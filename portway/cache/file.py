@@ -267,7 +267,6 @@ class CacheFile:
         values = [value for value in (model, before) if value is not None]
         query = f"SELECT id FROM answers WHERE {' AND '.join(conditions) or '1'}"  # noqa: S608 - fixed texts
         found = self._db.execute(query, values).fetchall()
-        self._db.execute("PRAGMA secure_delete = ON").fetchone()  # nothing stays readable in free pages
         for start in range(0, len(found), STEP):
             with _transaction(self._db) as db:
                 db.executemany("DELETE FROM answers WHERE id = ?", found[start : start + STEP])
@@ -385,6 +384,8 @@ def _prepare(db: sqlite3.Connection, patience: float) -> None:
         db.execute(f"PRAGMA page_size = {PAGE}")
         db.execute("PRAGMA auto_vacuum = INCREMENTAL")
     _write_ahead(db, patience)
+    # what is purged must not stay readable; from the start, as pages keep copies of what was moved between them
+    db.execute("PRAGMA secure_delete = ON").fetchone()
     db.execute("PRAGMA synchronous = NORMAL")  # in WAL mode: a crash loses nothing, a power cut the last moments
     db.execute(f"PRAGMA journal_size_limit = {WAL_LIMIT}").fetchone()
     if version < len(MIGRATIONS):

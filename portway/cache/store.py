@@ -8,6 +8,7 @@ request may use the cache rules.py's, and the file file.py's.
 
 from __future__ import annotations
 
+import errno
 import os
 import sqlite3
 import threading
@@ -33,6 +34,7 @@ NOTES_DELAY = 5.0  # seconds after which uses and counts are written when no ans
 LOOK_EVERY = 15.0  # seconds between two looks whether the file is still there and not turned off; `off` promises 30
 EXPIRE_EVERY = 600.0  # seconds
 EXPIRE_STEP = 0.05  # seconds between two steps of one expiry, so that it never hogs the processor
+SLOW = 0.5  # seconds of one look-up; a disk that needs them is left alone for RETRY_AT_MOST
 RETRY_AFTER = 1.0  # seconds until a file that could not be used is tried again; doubled up to ...
 RETRY_AT_MOST = 30.0
 WRITE_PATIENCE = 2.0  # seconds the writer waits for another process's transaction
@@ -60,6 +62,10 @@ class TurnedOff(Unusable):
 
     def __str__(self) -> str:
         return "is turned off; `portway cache on` turns it on"
+
+
+class _TooSlow(OSError):
+    """A look-up kept a request waiting. Not raised: the writer is told."""
 
 
 # Makes the document that is stored, or None if the answer is not to be kept. Raises WireError.
@@ -150,7 +156,7 @@ class Cache:
         self._closing = False
         self._accepts = True
         self._readers: Readers | None = None  # None = the file can't be used now
-        self._read_error: sqlite3.Error | None = None  # for the writer to look into
+        self._read_error: sqlite3.Error | _TooSlow | None = None  # for the writer to look into
         self._problem = ""
         self._is_off = False
 
@@ -252,6 +258,7 @@ class Cache:
         readers = self._readers
         if readers is None:
             return None
+        began = time.monotonic()
         try:
             found = readers.find(key)
         except sqlite3.Error as exc:
@@ -259,11 +266,13 @@ class Cache:
             return None
         except zlib.error:  # this one is damaged; the answer that follows the miss will replace it
             return None
+        if (took := time.monotonic() - began) > SLOW:
+            self._reading_failed(readers, _TooSlow(errno.ETIMEDOUT, f"a look-up took {took:.1f} s"))
         if found is None:
             return None
         return Entry(found.document, found.model, found.stored_at, found.warning)
 
-    def _reading_failed(self, readers: Readers, error: sqlite3.Error) -> None:
+    def _reading_failed(self, readers: Readers, error: sqlite3.Error | _TooSlow) -> None:
         """No more look-ups until the writer has looked at the file."""
         with self._changed:
             if self._readers is readers:  # else the writer has closed it in the meantime
@@ -416,7 +425,8 @@ class Cache:
         self._shut()
         if is_corrupt(error) and self._set_aside():
             return
-        self._retry_at = time.monotonic() + min(RETRY_AFTER * 2.0 ** min(self._failures, 16), RETRY_AT_MOST)
+        rest = RETRY_AT_MOST if isinstance(error, _TooSlow) else RETRY_AFTER * 2.0 ** min(self._failures, 16)
+        self._retry_at = time.monotonic() + min(rest, RETRY_AT_MOST)
         self._failures += 1
         before, problem = self._problem, f"the cache's file {self.path} {describe(error)}"
         with self._changed:
