@@ -17,11 +17,14 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, Self
+
+from scripts.torture_rows.saboteur import Action, Saboteur
+from scripts.torture_rows.speech import Speech, chunked
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 # `portway` as a service runs it. $PORTWAY_TORTURED is another one to torture: a zipapp, or a changed copy
@@ -241,10 +244,15 @@ class World:
             attack(world.port)
             world.check()
 
-    `extra` is more of its models.toml. After an attack `check` says whether all is as before.
+    `extra` is more of its models.toml. After an attack `check` says whether all is as before. header_timeout,
+    body_timeout (seconds) and max_body (bytes) are as configured; `flood` is a model whose stream never ends.
     """
 
     models = ("ours-a", "ours-b")
+    header_timeout = 1.0
+    body_timeout = 1.0
+    max_body = 4 * 1024**2
+    flood = "flood"
 
     def __init__(self, extra: str = "", *, limits: Sequence[str] = ()) -> None:
         self._extra = extra
@@ -258,7 +266,9 @@ class World:
                 self._stack.enter_context(StandInProcess(self.folder, name, "--model", "model-a=1GB,tools"))
                 for name in ("standin-a", "standin-b")
             ]
-            toml = chain_toml([standin.url for standin in self.standins]) + self._extra
+            endless = self._stack.enter_context(Saboteur("endless"))
+            endless.fail(self.flood, _endlessly)
+            toml = chain_toml([standin.url for standin in self.standins]) + self._more(endless) + self._extra
             self.portway = self._stack.enter_context(PortwayProcess(self.folder, toml, limits=self._limits))
             self.check()
         except BaseException:
@@ -268,6 +278,14 @@ class World:
 
     def __exit__(self, *_: object) -> None:
         self._stack.close()
+
+    def _more(self, endless: Saboteur) -> str:
+        times = f"header_timeout = {self.header_timeout}\nbody_timeout = {self.body_timeout}\n"
+        return (
+            f"[server]\n{times}max_body = {self.max_body}\n"
+            f'[backends.endless]\nkind = "openai"\nurl = "{endless.url}"\n'
+            f'[models.{self.flood}]\nbackend = "endless"\nmodel = "{self.flood}"\n'
+        )
 
     @property
     def port(self) -> int:
@@ -295,6 +313,14 @@ class World:
 
         wait_for(is_back, lambda: f"it held {before} before, and now {self.portway.counts()}", SETTLED)
         return self.portway.counts()
+
+
+def _endlessly(say: Speech) -> Iterator[Action]:
+    """A stream as fast as it is read."""
+    yield say.until("after")
+    more = chunked([say.content("x" * 8000)] * 8)
+    while True:
+        yield more
 
 
 def chain_toml(urls: Sequence[str]) -> str:

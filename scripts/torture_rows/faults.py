@@ -9,7 +9,7 @@ reference's own table. matrix.py makes the requests and judges them.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import NamedTuple
@@ -235,7 +235,7 @@ def _loads_for_a_while() -> Act:
     """To the first two who ask: "Loading model"; then a right answer."""
     asked: dict[str, int] = {}
 
-    def act(say: Speech) -> Sequence[Action]:
+    def act(say: Speech) -> Iterable[Action]:
         asked[say.order.model] = asked.get(say.order.model, 0) + 1
         return _LOADING(say) if asked[say.order.model] <= 2 else [say.whole()]
 

@@ -32,6 +32,9 @@ RECOVERY = 90.0  # seconds; log and cache try a file that refused again after 30
 OUR_CODES = ("stopping", "internal")
 
 
+Play = Callable[[], Row]
+
+
 class NotHere(Exception):
     """It can't be played on this machine; str() says why."""
 

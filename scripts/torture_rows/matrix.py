@@ -24,7 +24,7 @@ from scripts.torture_rows.client import Broken, Client
 from scripts.torture_rows.faults import FAULTS, RIGHT, Consequence, contract
 from scripts.torture_rows.saboteur import Saboteur, Step
 from scripts.torture_rows.speech import KINDS, Order, Speech, pieces
-from scripts.torture_rows.stage import LIMITS, SPARE, Cell, Stage, has_certificates
+from scripts.torture_rows.stage import SPARE, Cell, Stage, has_certificates, limits
 from scripts.torture_rows.verdict import EARLY, SLACK, Expected, judge, judge_lines
 
 AT_ONCE = 16  # cells under way
@@ -69,8 +69,8 @@ class Oracle:
     def requests(self) -> list[Expected]:
         """What is due for each, in their order."""
         first = self.failing()
-        is_silent = first.stream and self._fault.limit != "total" and first.least > 2 * self._heartbeat
-        first = replace(first, beats=is_silent)
+        is_silent = self._fault.where == "answer" and self._fault.limit != "total"
+        first = replace(first, beats=first.stream and is_silent and first.least > 2 * self._heartbeat)
         if self._fault.again:
             return [first, first]
         second = self.healed()
@@ -153,11 +153,10 @@ class Oracle:
         limit = self._fault.limit
         if not limit:
             return 0.0, SLACK
-        seconds = LIMITS["total"] / (2 if self._cell.chain else 1)
-        if self._reason == "total_timeout":
-            seconds = LIMITS["total"]
-        elif self._reason != "answer_timeout":
-            seconds = min(LIMITS[limit], seconds)
+        times = limits(self._cell)
+        seconds = times[limit]
+        if self._reason == "answer_timeout":
+            seconds = times["total"] / (2 if self._cell.chain else 1)
         return seconds - EARLY, seconds + SLACK
 
 

@@ -21,7 +21,7 @@ import sys
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from enum import Enum
 from typing import Any, Self
@@ -59,7 +59,7 @@ class Pause:
 
 
 Action = bytes | Drip | Pause | Step
-Act = Callable[[Speech], Sequence[Action]]
+Act = Callable[[Speech], Iterable[Action]]
 
 
 class _Over(Exception):
@@ -195,7 +195,7 @@ class Saboteur:
         speech = Speech(order, self.name)
         self._play(order.model, sock, act(speech) if act else [speech.whole()])
 
-    def _play(self, model: str, sock: socket.socket, actions: Sequence[Action]) -> None:
+    def _play(self, model: str, sock: socket.socket, actions: Iterable[Action]) -> None:
         for action in actions:
             match action:
                 case bytes():

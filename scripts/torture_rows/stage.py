@@ -24,7 +24,8 @@ from scripts.torture_rows.faults import FAULTS, Fault
 from scripts.torture_rows.saboteur import Action, Saboteur
 from scripts.torture_rows.speech import KINDS, Kind, Speech
 
-LIMITS = {"connect": 0.7, "load": 0.8, "first_token": 1.0, "idle": 1.0, "total": 3.0}  # seconds
+PATIENT = {"connect": 20.0, "load": 20.0, "first_token": 20.0, "idle": 20.0, "total": 60.0}  # seconds
+SHORT = {"connect": 0.7, "load": 0.8, "first_token": 1.0, "idle": 1.0, "total": 3.0}  # of what a fault is to run into
 SPARE: Mapping[Kind, str] = {"ollama": "spare-openai", "openai": "spare-ollama"}  # a chain goes on with the other kind
 NOWHERE = ".".join(["nowhere"] * 40)  # longer than any name may be: the resolver says so without asking anybody
 NO_NAME = "a..b"
@@ -49,6 +50,16 @@ class Cell:
     def what(self) -> Fault:
         """How it fails."""
         return FAULTS[self.fault]
+
+
+def limits(cell: Cell) -> dict[str, float]:
+    """Its model's time limits: short where its fault is to run into one, so that it takes no longer than it must;
+    long elsewhere, so that a busy machine runs into none. Of a plain answer in one piece only the total counts."""
+    limit = cell.what.limit
+    found = {**PATIENT, **({limit: SHORT[limit]} if limit else {})}
+    if cell.what.reason(cell.kind, stream=cell.stream) == "answer_timeout":
+        found["total"] = SHORT["total"]
+    return found
 
 
 class Stage:
@@ -97,13 +108,11 @@ class Stage:
 
     def toml(self, heartbeat: float) -> str:
         """A models.toml with a model for each cell, one of either kind that nothing is wrong with, and a gate."""
-        limits = ", ".join(f"{name} = {seconds:g}" for name, seconds in LIMITS.items())
         parts = [f"[memory]\nenabled = false\n[server]\nheartbeat = {heartbeat:g}\n"]
         for name, (kind, url, places) in self._backends.items():
             parts.append(f'[backends.{name}]\nkind = "{kind}"\nurl = "{url}"\nmax_parallel = {places}\n')
         for name, (backend, more) in self._models.items():
-            own = "" if name.startswith(("spare", "gate")) else f'cache = "1h"\ntimeouts = {{ {limits} }}\n'
-            parts.append(f'[models.{name}]\nbackend = "{backend}"\nmodel = "{name}"\nnum_ctx = 4096\n{own}{more}')
+            parts.append(f'[models.{name}]\nbackend = "{backend}"\nmodel = "{name}"\nnum_ctx = 4096\n{more}')
         return "\n".join(parts)
 
     # --- one cell
@@ -125,7 +134,9 @@ class Stage:
         if url:
             backend = f"of-{cell.name}"
             self._backends[backend] = (cell.kind, url, 1)
-        self._models[cell.name] = (backend, f'fallback = ["{SPARE[cell.kind]}"]\n' if cell.chain else "")
+        times = ", ".join(f"{name} = {seconds:g}" for name, seconds in limits(cell).items())
+        chain = f'fallback = ["{SPARE[cell.kind]}"]\n' if cell.chain else ""
+        self._models[cell.name] = (backend, f'cache = "1h"\ntimeouts = {{ {times} }}\n{chain}')
 
     def _answering(self, cell: Cell) -> str:
         self.first.fail(cell.name, cell.what.act)
@@ -164,7 +175,7 @@ class Stage:
         return f"http://127.0.0.1:{sock.getsockname()[1]}"
 
     def _tls(self, cell: Cell) -> str:
-        actions: Sequence[Action] = cell.what.act(_NOTHING)
+        actions: Sequence[Action] = tuple(cell.what.act(_NOTHING))
         saboteur = self._stack.enter_context(Saboteur("first", raw=actions))
         self._ending.append(saboteur.stop)
         return f"https://127.0.0.1:{saboteur.port}"
