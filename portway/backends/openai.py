@@ -436,20 +436,23 @@ class _Relay:
     def count(self) -> None:
         """Add what the chunks hold that `block` relayed unread."""
         kept, self._kept = self._kept, []
-        for block in kept:
-            try:
-                chunks = loads(b"[%b]" % block[6:-2].replace(b"\n\ndata: ", b","))
-            except WireError:
-                continue  # it was relayed as it came, and what it is does not count any more
-            for chunk in chunks:
-                self._count_chunk(chunk)
-
-    def _count_chunk(self, chunk: Any) -> None:
         try:
-            for choice in _choices(chunk):
-                count_choice(choice, self._tally)
-        except BackendError:
-            return  # likewise
+            self._count_all(b"".join(kept))  # at once: most of what it costs does not depend on how much it is
+        except WireError:
+            for block in kept:
+                try:
+                    self._count_all(block)
+                except WireError:
+                    continue  # it was relayed as it came, and what it is does not count any more
+
+    def _count_all(self, block: bytes) -> None:
+        chunks = loads(b"[%b]" % block[6:-2].replace(b"\n\ndata: ", b","))
+        for chunk in chunks:
+            try:
+                for choice in _choices(chunk):
+                    count_choice(choice, self._tally)
+            except BackendError:
+                continue  # likewise
 
     def _look_at(self, choice: dict[str, Any]) -> None:
         index = choice.get("index")
@@ -625,13 +628,12 @@ def _choices(body: Any) -> list[dict[str, Any]]:
     if not isinstance(choices, list):
         raise BackendError("bad_answer", "`choices` is not a list")
     for choice in choices:
-        if not isinstance(choice, dict) or not _is_part(choice.get("delta")) or not _is_part(choice.get("message")):
-            raise BackendError("bad_answer", "`choices` is not what it should be")
+        if not isinstance(choice, dict):
+            raise BackendError("bad_answer", "`choices` holds something else")
+        for part in (choice.get("delta"), choice.get("message")):
+            if part is not None and not isinstance(part, dict):
+                raise BackendError("bad_answer", "a choice is not what it should be")
     return choices
-
-
-def _is_part(value: Any) -> bool:
-    return value is None or isinstance(value, dict)
 
 
 def _segregate_whole(choice: dict[str, Any]) -> bool:

@@ -87,7 +87,7 @@ def loads_object(data: bytes) -> dict[str, Any]:
 def _decoded(decoder: json.JSONDecoder, text: str) -> Any:
     """decoder.decode(text). Its two searches for white space cost as much as a small document: they are left
     out where there is none."""
-    if text[:1] == "{":
+    if text[:1] in ("{", "["):
         try:
             value, end = decoder.scan_once(text, 0)  # type: ignore[attr-defined]
         except StopIteration:
