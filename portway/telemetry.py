@@ -18,7 +18,6 @@ import math
 import os
 import re
 import stat
-import sys
 import threading
 import time
 from collections import deque
@@ -29,6 +28,7 @@ from functools import lru_cache
 from json.encoder import encode_basestring_ascii
 from typing import TYPE_CHECKING, Any
 
+from portway import stderr
 from portway.wire.digest import digest
 
 if TYPE_CHECKING:
@@ -80,16 +80,18 @@ class Record:
 
     ts: time.time() when it came. started, first, ended: time.monotonic() when it came, when its first
     content was sent, when it was over. waited: seconds spent waiting for others, None = not measured.
-    cache_hit: None = the cache was not asked. error: a code, never a message. cancelled_in: the phase
-    (call.PHASES) in which the client left. host: the backend's. exit_code: None = made from the status.
-    body: the request as parsed, for its prompt's hash and size. document: an answer out of the cache, whose
-    sizes the writer takes from it. size: bytes of both.
+    cache_hit: None = the cache was not asked. error: a code, never a message. cancelled_in: what the client
+    left in: a phase (call.PHASES), "request" if it had not sent all of it, "stalled" if it did not read.
+    host: the backend's, of several one that is not local; "" = not known. exit_code: None = made from the
+    status. key: what the client's key is called. body: the request as parsed, for its prompt's hash and size.
+    document: an answer out of the cache, whose sizes the writer takes from it. size: bytes of both.
     """
 
     ts: float
     started: float
     client: str = ""
     endpoint: str = ""
+    key: str = ""
     id: str = ""
     model: str = ""
     stream: bool = False
@@ -128,7 +130,8 @@ class Record:
         """A target has answered, or has begun to; `first` as above."""
         tally = served.answer.tally
         self.served_by = served.model.name
-        self.host = served.model.backend.host
+        hosts = served.hosts
+        self.host = next((each for each in hosts if not is_local(each)), hosts[0]) if hosts else ""
         self.attempts = served.attempts
         self.first = first
         self.queue_s = served.queued
@@ -185,12 +188,15 @@ class Record:
 
     @property
     def outcome(self) -> int:
+        """What stands in the log as exit_code."""
+        return self.failure if self.exit_code is None else self.exit_code
+
+    @property
+    def failure(self) -> int:
         """0 = answered, else the class of the status: 4 = the request or its client, 5 = the servers.
 
         A stream that has begun keeps its 200, whatever then becomes of it.
         """
-        if self.exit_code is not None:
-            return self.exit_code
         if self.cancelled_in:
             return 4
         if self.status >= 400:
@@ -218,7 +224,7 @@ def line(record: Record, price: Price) -> bytes:
     attempts = record.attempts
     text = (
         f'{{"ts":"{iso_time(record.ts)}","id":{_text(record.id)}'
-        f"{_who(record.client[:MAX_NAME], record.endpoint, record.model, record.served_by, record.host)}"
+        f"{_who(record.client[:MAX_NAME], record.key, record.endpoint, record.model, record.served_by, record.host)}"
         f',"stream":{_WORDS[record.stream]},"status":{record.status},"exit_code":{record.outcome}'
         f',"error":{_text(record.error)},"cache_hit":{_WORDS[record.cache_hit]},"demoted":{_WORDS[record.demoted]}'
         f',"attempts":[{",".join([_attempt(attempt) for attempt in attempts]) if attempts else ""}]'
@@ -234,9 +240,9 @@ def line(record: Record, price: Price) -> bytes:
 
 
 @lru_cache(maxsize=256)  # most requests are alike; what a client calls itself is cut, so that this stays small
-def _who(client: str, endpoint: str, model: str, served_by: str, host: str) -> str:
+def _who(client: str, key: str, endpoint: str, model: str, served_by: str, host: str) -> str:
     return (
-        f',"client":{_text(client)},"endpoint":{_text(endpoint)},"model":{_text(model)}'
+        f',"client":{_text(client)},"key":{_text(key)},"endpoint":{_text(endpoint)},"model":{_text(model)}'
         f',"served_by":{_text(served_by)},"local":{_WORDS[is_local(host) if host else None]}'
     )
 
@@ -308,7 +314,7 @@ def _saved(record: Record, price: Price) -> float | None:
     """What the answer would have cost elsewhere; nothing if it came from elsewhere, or not at all."""
     if record.prompt_tokens is None and record.completion_tokens is None:
         return None
-    if record.outcome or not (record.cache_hit or is_local(record.host)):
+    if record.failure or not (record.cache_hit or (record.host and is_local(record.host))):
         return 0.0
     return price.of(record.prompt_tokens or 0, record.completion_tokens or 0)
 
@@ -368,7 +374,7 @@ class Log:
         write: Callable[[int, bytes], int] = os.write,
     ) -> None:
         self.price = price or Price()
-        self._say = say or _to_stderr
+        self._say = say or stderr.say
         self._retry_after = retry_after
         self._lock = threading.Lock()  # guards everything down to the blank line
         self._changed = threading.Condition(self._lock)
@@ -405,6 +411,10 @@ class Log:
     def problem(self) -> str | None:
         """Why the file can't be written now, in words; None = it can, as far as is known."""
         return self._problem
+
+    def limit(self, max_bytes: int, keep: int) -> None:
+        """Rotate by other numbers from the next write on: see LogFile."""
+        self._file.max_bytes, self._file.keep = max_bytes, keep  # two numbers, which the writer only reads
 
     def record(self, record: Record) -> None:
         """Take a finished record. Never waits for the file and never fails for its sake.
@@ -510,10 +520,6 @@ class Log:
             self._waiting.clear()
 
 
-def _to_stderr(text: str) -> None:
-    print(f"portway: {text}", file=sys.stderr, flush=True)
-
-
 # --- The file --------------------------------------------------------------------------------
 
 
@@ -534,8 +540,8 @@ class LogFile:
     ) -> None:
         self.path = path
         self.trouble: OSError | None = None
-        self._max_bytes = max_bytes
-        self._keep = keep
+        self.max_bytes = max_bytes
+        self.keep = keep
         self._write = write
         self._file: int | None = None
 
@@ -589,7 +595,7 @@ class LogFile:
             self.trouble = exc
 
     def _is_full(self, size: int, room: int) -> bool:
-        return size > 0 and size + room > self._max_bytes
+        return size > 0 and size + room > self.max_bytes
 
     def _rotate(self, room: int) -> None:
         lock = _open_private(f"{self.path}.lock", os.O_RDWR | os.O_CREAT)
@@ -605,9 +611,9 @@ class LogFile:
         with self._held() as file:
             if not self._is_full(os.fstat(file).st_size, room):
                 return  # somebody else was quicker
-            _shift(self.path, self._keep)
+            _shift(self.path, self.keep)
         self.close()
-        if self._keep:
+        if self.keep:
             _compress(f"{self.path}.1")
 
 

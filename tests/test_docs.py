@@ -9,6 +9,8 @@ from portway import cli, proxy, telemetry
 from portway.ask import manual as ask_help
 from portway.call import PHASES
 from portway.errors import FAILURES
+from scripts import guards
+from scripts.guard_list import GUARDS
 
 ROOT = Path(__file__).resolve().parent.parent
 REFERENCE = (ROOT / "docs" / "reference.md").read_text("utf-8")
@@ -39,6 +41,32 @@ class ReferenceTest(unittest.TestCase):
         for reason, status in rows:
             if status.isdigit():
                 self.assertEqual(FAILURES[reason].status, int(status), reason)
+
+    def test_every_consequence(self):
+        """What the table says of fallback and cooldown is what errors.FAILURES does."""
+        falls = {
+            "yes": "yes",
+            "yes, once": "once",
+            "no": "no",
+            "only behind another backend": "other_backend",
+            "only with a larger window": "larger_window",
+        }
+        cools = {
+            "no": "no",
+            "": "no",
+            "short, after repeated failures": "short",
+            "after repeated failures": "count",
+            "as Retry-After says": "told",
+            "long, at once": "long",
+        }
+        form = r"^\| `([a-z_]+)` \|[^|]*\| ?([^|]*) \| ?([^|]*?) ?\|[^|]*\|$"
+        rows = re.findall(form, section("Reasons"), re.MULTILINE)
+        self.assertEqual(len(FAILURES), len(rows))
+        for reason, next_one, cooldown in rows:
+            with self.subTest(reason):
+                if reason not in ("idle_timeout", "stream_broken"):  # after a stream's content nothing falls back
+                    self.assertEqual(FAILURES[reason].falls_back, falls[next_one])
+                self.assertEqual(FAILURES[reason].cools, cools[cooldown])
 
     def test_every_code_of_our_own(self):
         """Each code that an error of Portway's own carries is listed."""
@@ -98,7 +126,7 @@ class ReadmeTest(unittest.TestCase):
 
     def test_links(self):
         """Each file that README and the documents point to is there."""
-        for document in (ROOT / "README.md", *(ROOT / "docs").glob("*.md"), ROOT / "CONTRIBUTING.md"):
+        for document in (*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")):
             for target in re.findall(r"\]\(([^)#]+)\)", document.read_text("utf-8")):
                 if "://" not in target:
                     self.assertTrue((document.parent / target).exists(), f"{document.name}: {target}")
@@ -112,6 +140,23 @@ class ReadmeTest(unittest.TestCase):
         """docs/design.md has a line for each module."""
         design = (ROOT / "docs" / "design.md").read_text("utf-8")
         self.assertEqual([], [name for name in SOURCE if "__" not in name and f"`{name}`" not in design])
+
+
+class SecurityTest(unittest.TestCase):
+    def test_every_guard(self):
+        """SECURITY.md has the table that scripts/guards.py makes: each guard once, with the tests that notice."""
+        said = (ROOT / "SECURITY.md").read_text("utf-8")
+        self.assertIn("\n".join(guards.table()), said)
+        self.assertEqual(len(GUARDS), len({guard.promise for guard in GUARDS}))
+
+    def test_every_test(self):
+        """Each test that is named is there."""
+        for guard in GUARDS:
+            for name in guard.tests:
+                module, *path = name.removeprefix("tests.").split(".")
+                text = (ROOT / "tests" / f"{module}.py").read_text("utf-8")
+                for part in path:
+                    self.assertRegex(text, rf"(class|def) {part}\b", name)
 
 
 if __name__ == "__main__":

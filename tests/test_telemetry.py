@@ -1,5 +1,6 @@
 """telemetry.py: what a line says, the queue, and the file under several processes, full disks and kill -9."""
 
+import contextlib
 import gzip
 import hashlib
 import json
@@ -24,6 +25,7 @@ from portway.call import Attempt
 from portway.commands import stats
 from portway.errors import BackendError, ClientError
 from portway.telemetry import Log, LogFile, Price, Record, is_local, line, log_path, old_files
+from tests.llama_server import wait_for
 
 ROOT = Path(__file__).resolve().parent.parent
 PATIENCE = 20.0  # seconds a test waits for what should come at once
@@ -97,7 +99,7 @@ class Lines(unittest.TestCase):
         """The names are public; a line has all of them, with null for what is not known."""
         names = """ts model served_by prompt_hash prompt_chars response_chars latency_s cache_hit demoted exit_code id
             client endpoint stream status error attempts queue_s load_s ttft_s decode_tps overhead_ms prompt_tokens
-            completion_tokens truncated cancelled_in saved_usd local"""
+            completion_tokens truncated cancelled_in saved_usd local key"""
         self.assertEqual(set(names.split()), set(json.loads(line(Record(0.0, 0.0), Price()))))
 
     def test_ts_leads_and_sorts_as_text(self):
@@ -195,6 +197,11 @@ class Lines(unittest.TestCase):
         """JSON may hold them; UTF-8 may not."""
         self.assertEqual(self.line(body={"prompt": "\ud800"})["prompt_chars"], 1)
 
+    def test_names_from_outside_are_bounded(self):
+        """A client may call itself, and a server its error, whatever it likes."""
+        found = self.line(client="c" * 1000, error="e" * 1000, model="m" * 1000)
+        self.assertEqual(["c" * 128, "e" * 128, "m" * 128], [found[name] for name in ("client", "error", "model")])
+
     def test_what_is_saved(self):
         """The reference price of answers that cost nothing: own servers' and the cache's, nobody else's."""
         price = Price(0.15, 0.60)
@@ -203,6 +210,7 @@ class Lines(unittest.TestCase):
             (0.45, {"host": "127.0.0.1"}),
             (0.45, {"host": "api.openai.com", "cache_hit": True}),
             (0.0, {"host": "api.openai.com"}),
+            (0.0, {"host": ""}),
             (0.0, {"host": "127.0.0.1", "status": 502}),
         ):
             with self.subTest(fields=fields):
@@ -251,7 +259,9 @@ class Lines(unittest.TestCase):
             load_s=1.0, decode_s=2.0, prompt_tokens=3, completion_tokens=4, content_chars=5, truncated=True
         )
         model = SimpleNamespace(name="fast-1b", backend=SimpleNamespace(host="127.0.0.1"))
-        served: Any = SimpleNamespace(model=model, answer=SimpleNamespace(tally=tally), attempts=[], queued=0.5)
+        served: Any = SimpleNamespace(
+            model=model, answer=SimpleNamespace(tally=tally), attempts=[], queued=0.5, hosts=("127.0.0.1",)
+        )
         call: Any = SimpleNamespace(
             model=SimpleNamespace(name="fast-9b"), endpoint="chat", id="chatcmpl-1", stream=True, body={}, raw=b"{}"
         )
@@ -453,6 +463,25 @@ class Trouble(InAFolder):
         self.assertEqual((len(self.said), log.problem, log.dropped), (2, None, 0))
         self.assertEqual([found["id"] for found in lines_of(self.path)], ["r1", "r2"])
 
+    def test_a_full_disk_for_stderr_as_well(self):
+        """What can't be said is not said; the log goes on all the same."""
+        write, healed = self.failing(28)
+        refused = threading.Event()
+
+        def refuse(*_: object) -> None:
+            refused.set()
+            raise OSError(28, "No space left on device")
+
+        with mock.patch("sys.stderr", SimpleNamespace(write=refuse, flush=refuse)):
+            log = Log(self.path, retry_after=0.01, write=write)
+            log.record(a_record(1))
+            self.assertTrue(refused.wait(PATIENCE))
+            healed.set()
+            wait_for(lambda: log.written == 1, "the line's being written")
+            log.record(a_record(2))
+            self.assertTrue(log.close(PATIENCE))
+        self.assertEqual((2, 0, None), (log.written, log.dropped, log.problem))
+
     def test_a_file_where_the_folder_should_be(self):
         """The same as a folder that can't be written, which root always can: said, then used once it is there."""
         Path(self.folder, "portway").write_text("in the way")
@@ -632,7 +661,8 @@ class SeveralProcesses(InAFolder):
             self.release(doomed)
             size = -1
             while size < 5_000 and doomed.poll() is None:
-                size = os.stat(self.path).st_size if os.path.exists(self.path) else -1
+                with contextlib.suppress(FileNotFoundError):  # it is being rotated
+                    size = os.stat(self.path).st_size
             doomed.send_signal(signal.SIGKILL)
             doomed.wait(PATIENCE)
             file = LogFile(self.path, 10_000, 1000)
@@ -706,6 +736,15 @@ class Rotation(InAFolder):
         file.close()
         self.assertEqual([found["n"] for found in lines_of(self.path)], [1, 2, 3])
         self.assertEqual(len(old_files(self.path)), 1)
+
+    def test_a_rotation_that_somebody_else_has_done_meanwhile(self):
+        """Whoever gets the lock second finds a new file with room in it, which stays."""
+        file = LogFile(self.path, max_bytes=50)
+        file.append([a_line(1)])
+        file._rotate(1)  # as if it had looked full a moment before
+        self.assertEqual(old_files(self.path), [])
+        file.close()
+        self.assertEqual([found["n"] for found in lines_of(self.path)], [1])
 
     def test_a_rotation_that_fails_loses_no_line(self):
         """The file grows, `problem` says so, and it ends by itself."""

@@ -24,12 +24,12 @@ APPLICATION_ID = 0x50575943  # "PWYC": how a file says that it is this cache and
 WAL_LIMIT = 16 * 1024 * 1024  # bytes that the -wal file keeps after a checkpoint
 PAGE = 8192  # bytes; with 4096 the file is a fifth larger, as few answers fill such a page well
 PAGE_CACHE = 256  # KB a connection; the operating system's cache is the real one
+AGAIN = 0.002  # seconds between two tries where SQLite itself does not wait
 READ_PATIENCE = 0.005  # seconds; whoever looks up would sooner ask the model than wait
 IDLE_READERS = 8  # look-ups take microseconds: more are seldom under way at once
 COMPRESS_FROM = 2048  # bytes; below it half of so little is not worth the 10 us that every look-up would pay
-COMPRESS_AT_ONCE = (
-    65_536  # bytes after which a write() leaves the rest as it is: under a flood time is dearer than room
-)
+# bytes after which a write() leaves the rest as it is: under a flood time is dearer than room
+COMPRESS_AT_ONCE = 65_536
 ROW_OVERHEAD = 160  # bytes that a row takes beside its document, with its share of the indexes
 STEP = 256  # rows deleted at once, so that no transaction of ours keeps others waiting for long
 
@@ -213,7 +213,7 @@ class CacheFile:
         self._path = path
         self._db = _connect(path, patience)
         try:
-            _prepare(self._db)
+            _prepare(self._db, patience)
             self._db.execute("PRAGMA recursive_triggers = ON")  # a row that is replaced is counted as one that goes
             self._inode = os.stat(path).st_ino
         except BaseException:
@@ -267,7 +267,6 @@ class CacheFile:
         values = [value for value in (model, before) if value is not None]
         query = f"SELECT id FROM answers WHERE {' AND '.join(conditions) or '1'}"  # noqa: S608 - fixed texts
         found = self._db.execute(query, values).fetchall()
-        self._db.execute("PRAGMA secure_delete = ON").fetchone()  # nothing stays readable in free pages
         for start in range(0, len(found), STEP):
             with _transaction(self._db) as db:
                 db.executemany("DELETE FROM answers WHERE id = ?", found[start : start + STEP])
@@ -372,7 +371,7 @@ def _make_private(path: str) -> None:
         os.close(handle)
 
 
-def _prepare(db: sqlite3.Connection) -> None:
+def _prepare(db: sqlite3.Connection, patience: float) -> None:
     """Check that the file is ours, or make it so. The pragmas before WAL count for a new file only."""
     version = _pragma(db, "user_version")
     if version > len(MIGRATIONS):
@@ -384,7 +383,9 @@ def _prepare(db: sqlite3.Connection) -> None:
     if is_empty:
         db.execute(f"PRAGMA page_size = {PAGE}")
         db.execute("PRAGMA auto_vacuum = INCREMENTAL")
-    db.execute("PRAGMA journal_mode = WAL").fetchone()
+    _write_ahead(db, patience)
+    # what is purged must not stay readable; from the start, as pages keep copies of what was moved between them
+    db.execute("PRAGMA secure_delete = ON").fetchone()
     db.execute("PRAGMA synchronous = NORMAL")  # in WAL mode: a crash loses nothing, a power cut the last moments
     db.execute(f"PRAGMA journal_size_limit = {WAL_LIMIT}").fetchone()
     if version < len(MIGRATIONS):
@@ -393,6 +394,21 @@ def _prepare(db: sqlite3.Connection) -> None:
                 migrate(db)
             db.execute(f"PRAGMA application_id = {APPLICATION_ID}")
             db.execute(f"PRAGMA user_version = {len(MIGRATIONS)}")
+
+
+def _write_ahead(db: sqlite3.Connection, patience: float) -> None:
+    """WAL mode. Of several who open a new file at once SQLite turns some away without waiting, as it does for
+    no other statement: so it is tried again."""
+    until = time.monotonic() + patience
+    while True:
+        try:
+            db.execute("PRAGMA journal_mode = WAL").fetchone()
+        except sqlite3.OperationalError as exc:
+            if _code(exc) != sqlite3.SQLITE_BUSY or time.monotonic() >= until:
+                raise
+            time.sleep(AGAIN)
+        else:
+            return
 
 
 # --- looking up -----------------------------------------------------------------------------------

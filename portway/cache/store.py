@@ -8,9 +8,9 @@ request may use the cache rules.py's, and the file file.py's.
 
 from __future__ import annotations
 
+import errno
 import os
 import sqlite3
-import sys
 import threading
 import time
 import zlib
@@ -18,6 +18,7 @@ from collections.abc import Callable
 from contextlib import closing
 from dataclasses import dataclass
 
+from portway import stderr
 from portway.cache.file import CacheFile, Counts, Readers, Row, Stats, Unusable, describe, is_corrupt, set_aside
 from portway.wire.events import WireError
 
@@ -30,8 +31,10 @@ BATCH = 256  # ... unless there are so many
 SHARE = 0.15  # of one processor, which the writer takes at most; a flood fills the queue, and its rest is dropped
 MAX_USED = 10_000  # keys whose use is remembered until the next write
 NOTES_DELAY = 5.0  # seconds after which uses and counts are written when no answer is
+LOOK_EVERY = 15.0  # seconds between two looks whether the file is still there and not turned off; `off` promises 30
 EXPIRE_EVERY = 600.0  # seconds
 EXPIRE_STEP = 0.05  # seconds between two steps of one expiry, so that it never hogs the processor
+SLOW = 0.5  # seconds of one look-up; a disk that needs them is left alone for RETRY_AT_MOST
 RETRY_AFTER = 1.0  # seconds until a file that could not be used is tried again; doubled up to ...
 RETRY_AT_MOST = 30.0
 WRITE_PATIENCE = 2.0  # seconds the writer waits for another process's transaction
@@ -59,6 +62,10 @@ class TurnedOff(Unusable):
 
     def __str__(self) -> str:
         return "is turned off; `portway cache on` turns it on"
+
+
+class _TooSlow(OSError):
+    """A look-up kept a request waiting. Not raised: the writer is told."""
 
 
 # Makes the document that is stored, or None if the answer is not to be kept. Raises WireError.
@@ -131,7 +138,7 @@ class Cache:
         self.path = os.path.abspath(path)
         self._max_size = max_size
         self._lifetime = lifetime
-        self._say = say or _to_stderr
+        self._say = say or stderr.say
         self.notice = ""  # what has happened to the file though it works now; "" = nothing
         self._lock = threading.Lock()  # guards everything down to the blank line; held for microseconds only
         self._changed = threading.Condition(self._lock)
@@ -149,7 +156,7 @@ class Cache:
         self._closing = False
         self._accepts = True
         self._readers: Readers | None = None  # None = the file can't be used now
-        self._read_error: sqlite3.Error | None = None  # for the writer to look into
+        self._read_error: sqlite3.Error | _TooSlow | None = None  # for the writer to look into
         self._problem = ""
         self._is_off = False
 
@@ -158,6 +165,7 @@ class Cache:
         self._retry_at = 0.0
         self._rests_until = 0.0  # time.monotonic() before which the writer would take more than its share
         self._expire_at = 0.0
+        self._look_at = 0.0
         self._writer = threading.Thread(target=self._run, name="portway-cache", daemon=True)
         self._writer.start()
 
@@ -183,17 +191,41 @@ class Cache:
         """How many answers were not stored because the writer was too far behind."""
         return self._dropped
 
+    def limit(self, max_size: int, lifetime: float) -> None:
+        """Go by other bounds from the next write on."""
+        with self._changed:
+            self._max_size, self._lifetime = max_size, lifetime
+            self._expire_at = 0.0
+            self._changed.notify_all()
+
     def get(self, key: bytes, model: str, max_age: float | None = None, *, count: bool = True) -> Entry | None:
         """The entry, if there is one that is no older than max_age seconds (None = any age).
 
-        model: the logical name that was asked for, under which the look-up is counted.
+        model: the logical name that was asked for, under which the look-up is counted. count: False = the
+        caller does that.
         """
         entry = self._waiting_entry(key) or self._stored_entry(key)
         if entry is not None and max_age is not None and entry.age() > max_age:
             entry = None
         if count:
-            self._note(key, model, entry is not None)
+            self.count(key, model, hit=entry is not None)
         return entry
+
+    def count(self, key: bytes, model: str, *, hit: bool) -> None:
+        """Count a look-up, as `get` does it by itself: for who learns only later whether it was a hit."""
+        with self._changed:
+            if self._readers is None:
+                return
+            counts = self._counts.get(model) or self._counts.setdefault(model, Counts())
+            if hit:
+                counts.hits += 1
+                if len(self._used) < MAX_USED:
+                    self._used.add(key)
+            else:
+                counts.misses += 1
+            if self._notes_due is None:
+                self._notes_due = time.monotonic() + NOTES_DELAY
+                self._changed.notify_all()
 
     def put(self, key: bytes, make: MakeDocument, *, model: str, size: int, warning: str = "") -> None:
         """Hand an answer in: `get` finds it at once, the file has it soon after.
@@ -226,6 +258,7 @@ class Cache:
         readers = self._readers
         if readers is None:
             return None
+        began = time.monotonic()
         try:
             found = readers.find(key)
         except sqlite3.Error as exc:
@@ -233,11 +266,13 @@ class Cache:
             return None
         except zlib.error:  # this one is damaged; the answer that follows the miss will replace it
             return None
+        if (took := time.monotonic() - began) > SLOW:
+            self._reading_failed(readers, _TooSlow(errno.ETIMEDOUT, f"a look-up took {took:.1f} s"))
         if found is None:
             return None
         return Entry(found.document, found.model, found.stored_at, found.warning)
 
-    def _reading_failed(self, readers: Readers, error: sqlite3.Error) -> None:
+    def _reading_failed(self, readers: Readers, error: sqlite3.Error | _TooSlow) -> None:
         """No more look-ups until the writer has looked at the file."""
         with self._changed:
             if self._readers is readers:  # else the writer has closed it in the meantime
@@ -246,21 +281,6 @@ class Cache:
                 self._notes_due = time.monotonic()
                 self._changed.notify_all()
         readers.close()
-
-    def _note(self, key: bytes, model: str, hit: bool) -> None:
-        with self._lock:
-            if self._readers is None:
-                return
-            counts = self._counts.get(model) or self._counts.setdefault(model, Counts())
-            if hit:
-                counts.hits += 1
-                if len(self._used) < MAX_USED:
-                    self._used.add(key)
-            else:
-                counts.misses += 1
-            if self._notes_due is None:
-                self._notes_due = time.monotonic() + NOTES_DELAY
-                self._changed.notify_all()
 
     # for the commands, the tests and the end
 
@@ -328,7 +348,9 @@ class Cache:
             return self._retry_at
         if self._hurry:
             return 0.0
-        due = self._expire_at if self._notes_due is None else min(self._expire_at, self._notes_due)
+        due = min(self._expire_at, self._look_at)
+        if self._notes_due is not None:
+            due = min(due, self._notes_due)
         if self._answers:
             due = 0.0 if len(self._answers) >= BATCH else min(due, self._gathered_at)
         return max(due, self._rests_until)
@@ -337,6 +359,7 @@ class Cache:
         """One go at everything there is to do. After a failure all of it is there for the next one."""
         begun, busy = time.monotonic(), time.thread_time()
         work = self._take()
+        self._look_at = time.monotonic() + LOOK_EVERY
         try:
             file = self._opened()
             rows = (row for key, waiting in work.answers.items() if (row := waiting.row(key)))
@@ -402,7 +425,8 @@ class Cache:
         self._shut()
         if is_corrupt(error) and self._set_aside():
             return
-        self._retry_at = time.monotonic() + min(RETRY_AFTER * 2.0 ** min(self._failures, 16), RETRY_AT_MOST)
+        rest = RETRY_AT_MOST if isinstance(error, _TooSlow) else RETRY_AFTER * 2.0 ** min(self._failures, 16)
+        self._retry_at = time.monotonic() + min(rest, RETRY_AT_MOST)
         self._failures += 1
         before, problem = self._problem, f"the cache's file {self.path} {describe(error)}"
         with self._changed:
@@ -450,7 +474,3 @@ class Cache:
             self._forget()
             self._busy = False
             self._changed.notify_all()
-
-
-def _to_stderr(text: str) -> None:
-    print(f"portway: {text}", file=sys.stderr, flush=True)
