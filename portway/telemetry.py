@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import errno
 import fcntl
+import hashlib
 import json
 import math
 import os
@@ -25,7 +26,9 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import chain
 from json.encoder import encode_basestring_ascii
+from operator import attrgetter, itemgetter
 from typing import TYPE_CHECKING, Any
 
 from portway import stderr
@@ -74,7 +77,6 @@ class Price:
         return (prompt_tokens * self.input_per_m + completion_tokens * self.output_per_m) / 1_000_000
 
 
-@dataclass(slots=True)
 class Record:
     """One request, filled while it goes on. Whoever has given it to Log.record leaves it alone.
 
@@ -85,6 +87,8 @@ class Record:
     host: the backend's, of several one that is not local; "" = not known. exit_code: None = made from the
     status. key: what the client's key is called. body: the request as parsed, for its prompt's hash and size.
     document: an answer out of the cache, whose sizes the writer takes from it. size: bytes of both.
+
+    What is not said of a request is the class's: to give each its own 30 values costs more than to read these.
     """
 
     ts: float
@@ -117,6 +121,15 @@ class Record:
     exit_code: int | None = None
     document: bytes = b""
 
+    def __init__(self, ts: float, started: float, client: str = "", endpoint: str = "", **known: Any) -> None:
+        self.ts = ts
+        self.started = started
+        self.client = client
+        self.endpoint = endpoint
+        for name, value in known.items():
+            getattr(self, name)  # AttributeError: there is no such thing
+            setattr(self, name, value)
+
     def begin(self, call: Call) -> None:
         """It is a request to a model."""
         self.model = call.model.name
@@ -130,8 +143,7 @@ class Record:
         """A target has answered, or has begun to; `first` as above."""
         tally = served.answer.tally
         self.served_by = served.model.name
-        hosts = served.hosts
-        self.host = next((each for each in hosts if not is_local(each)), hosts[0]) if hosts else ""
+        self.host = _outermost(served.hosts)
         self.attempts = served.attempts
         self.first = first
         self.queue_s = served.queued
@@ -197,11 +209,7 @@ class Record:
 
         A stream that has begun keeps its 200, whatever then becomes of it.
         """
-        if self.cancelled_in:
-            return 4
-        if self.status >= 400:
-            return self.status // 100
-        return 5 if self.error or not self.status else 0
+        return failure_of(self.cancelled_in, self.status, self.error)
 
     @property
     def decode_tps(self) -> float | None:
@@ -215,36 +223,121 @@ class Record:
         return (tokens - 1) / seconds if tokens > 1 and seconds > 0.001 else None
 
 
+def failure_of(cancelled_in: str | None, status: int, error: str) -> int:
+    """See Record.failure."""
+    if cancelled_in:
+        return 4
+    if status >= 400:
+        return status // 100
+    return 5 if error or not status else 0
+
+
+def _outermost(hosts: Sequence[str]) -> str:
+    """The one that is farthest away, as far as is known."""
+    if len(hosts) > 1:
+        return next((each for each in hosts if not is_local(each)), hosts[0])
+    return hosts[0] if hosts else ""
+
+
+# A request's names, most of which are those of the last one, and its numbers: each fetched by one call.
+_NAMES = attrgetter(
+    "client",
+    "key",
+    "endpoint",
+    "model",
+    "served_by",
+    "host",
+    "stream",
+    "status",
+    "exit_code",
+    "error",
+    "cache_hit",
+    "truncated",
+    "cancelled_in",
+)
+_NUMBERS = attrgetter(
+    "response_chars", "prompt_tokens", "completion_tokens", "started", "first", "ended", "waited", "queue_s", "load_s"
+)
+_Names = tuple[str, str, str, str, str, str, bool, int, int | None, str, bool | None, bool, str | None]
+
+
 def line(record: Record, price: Price) -> bytes:
     """A record's line in the log, with its line end: JSON in ASCII, each key always there. `ts` leads, so
-    that lines sort by time as text. Built by hand: a dict and json.dumps() take three times as long."""
+    that lines sort by time as text.
+
+    What is named stands in a form that is made once for requests alike; the numbers are put in. Field by
+    field it takes twice as many instructions, and with json.dumps() six times.
+    """
     prompt_hash, prompt_chars = _digest(record.body)
     if record.document:
         _measure(record)
+    chars, prompt, completion, started, first, ended, waited, queue_s, load_s = _NUMBERS(record)
+    latency = ended - started
+    ttft = None if first is None else first - started
+    overhead = None if waited is None else max(0.0, latency - waited) * 1000.0
+    tps = record.decode_tps if completion else None
+    if queue_s or load_s or tps:
+        queue_s, load_s, tps = _finite(queue_s), _finite(load_s), _finite(tps)
     attempts = record.attempts
-    text = (
-        f'{{"ts":"{iso_time(record.ts)}","id":{_text(record.id)}'
-        f"{_who(record.client[:MAX_NAME], record.key, record.endpoint, record.model, record.served_by, record.host)}"
-        f',"stream":{_WORDS[record.stream]},"status":{record.status},"exit_code":{record.outcome}'
-        f',"error":{_text(record.error)},"cache_hit":{_WORDS[record.cache_hit]},"demoted":{_WORDS[record.demoted]}'
-        f',"attempts":[{",".join([_attempt(attempt) for attempt in attempts]) if attempts else ""}]'
-        f',"prompt_hash":{prompt_hash},"prompt_chars":{prompt_chars}'
-        f',"response_chars":{record.response_chars},"prompt_tokens":{_number(record.prompt_tokens)}'
-        f',"completion_tokens":{_number(record.completion_tokens)},"truncated":{_WORDS[record.truncated]}'
-        f',"cancelled_in":{_text(record.cancelled_in)},"latency_s":{_number(record.latency)}'
-        f',"queue_s":{_number(record.queue_s)},"load_s":{_number(record.load_s)},"ttft_s":{_number(record.ttft)}'
-        f',"decode_tps":{_number(record.decode_tps)},"overhead_ms":{_number(record.overhead, 1000.0)}'
-        f',"saved_usd":{_number(_saved(record, price))}}}\n'
-    )
+    tried: tuple[str, str] | None = None
+    seconds: float | str
+    if len(attempts) == 1:
+        (attempt,) = attempts
+        tried, seconds = (attempt.model, attempt.reason), attempt.seconds
+    else:
+        seconds = ",".join(map(_attempt, attempts))
+    names = _NAMES(record)
+    numbers = (chars, prompt, completion, latency, queue_s, load_s, ttft, tps, overhead)
+    make = _form if len(record.client) + len(record.endpoint) + len(record.error) < 3 * MAX_NAME else _new_form
+    form, is_saved = make(names, tried, tuple(map(type, numbers)))
+    saved = price.of(prompt or 0, completion or 0) if is_saved else 0.0
+    text = form % (iso_time(record.ts), _text(record.id), seconds, prompt_hash, prompt_chars, *numbers, saved)
     return text.encode("ascii")
 
 
-@lru_cache(maxsize=256)  # most requests are alike; what a client calls itself is cut, so that this stays small
-def _who(client: str, key: str, endpoint: str, model: str, served_by: str, host: str) -> str:
-    return (
-        f',"client":{_text(client)},"key":{_text(key)},"endpoint":{_text(endpoint)},"model":{_text(model)}'
-        f',"served_by":{_text(served_by)},"local":{_WORDS[is_local(host) if host else None]}'
+def _new_form(names: _Names, tried: tuple[str, str] | None, kinds: tuple[type, ...]) -> tuple[str, bool]:
+    """The line with a place for each number of these kinds, and whether the answer saved what it would have cost.
+    tried: the only attempt's model and reason; None = there were none or several."""
+    client, key, endpoint, model, served_by, host = names[:6]
+    stream, status, exit_code, error, cache_hit, truncated, cancelled_in = names[6:]
+    failure = failure_of(cancelled_in, status, error)
+    chars, prompt, completion, latency, queue_s, load_s, ttft, tps, overhead = map(_place, kinds)
+    local = is_local(host) if host else None
+    is_known = kinds[1] is int or kinds[2] is int  # the tokens
+    attempt = f'{{"model":{_part(tried[0])},"reason":{_part(tried[1])},"seconds":%.6g}}' if tried else "%s"
+    text = (
+        f'{{"ts":"%s","id":%s,"client":{_part(client)},"key":{_part(key)},"endpoint":{_part(endpoint)}'
+        f',"model":{_part(model)},"served_by":{_part(served_by)},"local":{_WORDS[local]},"stream":{_WORDS[stream]}'
+        f',"status":{status},"exit_code":{failure if exit_code is None else exit_code},"error":{_part(error)}'
+        f',"cache_hit":{_WORDS[cache_hit]},"demoted":{_WORDS[bool(served_by) and served_by != model]}'
+        f',"attempts":[{attempt}],"prompt_hash":%s,"prompt_chars":%s,"response_chars":{chars}'
+        f',"prompt_tokens":{prompt},"completion_tokens":{completion},"truncated":{_WORDS[truncated]}'
+        f',"cancelled_in":{_part(cancelled_in)},"latency_s":{latency},"queue_s":{queue_s},"load_s":{load_s}'
+        f',"ttft_s":{ttft},"decode_tps":{tps},"overhead_ms":{overhead}'
+        f',"saved_usd":{"%.6g" if is_known else _NOTHING}}}\n'
     )
+    return text, is_known and not failure and bool(cache_hit or local)
+
+
+_form = lru_cache(maxsize=256)(_new_form)
+
+
+_NOTHING = "null%.0s"  # whatever is put there, it says null
+
+
+def _place(kind: type) -> str:
+    """Where a number of that kind is put: six digits that count, integers whole."""
+    return {int: "%d", float: "%.6g"}.get(kind, _NOTHING)
+
+
+def _part(text: str | None) -> str:
+    """_text, within a form."""
+    return _text(text).replace("%", "%%")
+
+
+def _finite(value: float | None) -> float | None:
+    """Infinity and NaN, which a server may have sent, are no JSON."""
+    return value if value is not None and math.isfinite(value) else None
 
 
 def _measure(record: Record) -> None:
@@ -291,48 +384,36 @@ def _text(text: str | None) -> str:
     return encode_basestring_ascii(text[:MAX_NAME]) if text else "null"
 
 
-def _number(value: float | None, factor: float = 1.0) -> str:
-    """A JSON number of six digits that count, integers whole; infinity and NaN, which a server may have
-    sent, are none."""
-    if value is None:
-        return "null"
-    if not value or isinstance(value, int):
-        return str(int(value))
-    return f"{value * factor:.6g}" if math.isfinite(value) else "null"
-
-
 def _attempt(attempt: Attempt) -> str:
-    return f"{_tried(attempt.model, attempt.reason)}{_number(attempt.seconds)}}}"
+    return f'{{"model":{_text(attempt.model)},"reason":{_text(attempt.reason)},"seconds":{attempt.seconds:.6g}}}'
 
 
-@lru_cache(maxsize=256)
-def _tried(model: str, reason: str) -> str:
-    return f'{{"model":{_text(model)},"reason":{_text(reason)},"seconds":'
-
-
-def _saved(record: Record, price: Price) -> float | None:
-    """What the answer would have cost elsewhere; nothing if it came from elsewhere, or not at all."""
-    if record.prompt_tokens is None and record.completion_tokens is None:
-        return None
-    if record.failure or not (record.cache_hit or (record.host and is_local(record.host))):
-        return 0.0
-    return price.of(record.prompt_tokens or 0, record.completion_tokens or 0)
-
-
-def _digest(body: Mapping[str, Any] | None) -> tuple[str, str]:
-    """The prompt's hash, 16 hexadecimal digits, and its characters, as they stand in the line.
+def _digest(body: Mapping[str, Any] | None) -> tuple[str, str | int]:
+    """The prompt's hash, 16 hexadecimal digits in quotation marks, and its characters.
 
     Only the prompt: the same question asked with other options, or of another model, has the same hash.
     """
     if body is None:
         return "null", "null"
+    messages = body.get("messages")
+    if type(messages) is list and _OTHER_PROMPTS.isdisjoint(body):
+        try:  # a role and a text each, as in most chats: no function for each of them
+            if _ROLE_AND_TEXT.issuperset(map(tuple, messages)):
+                text = "\0".join((*chain.from_iterable(map(dict.values, messages)), ""))
+                sha = hashlib.sha256(text.encode("utf-8", "surrogatepass"))
+                return f'"{sha.hexdigest()[:16]}"', sum(map(len, map(_CONTENT, messages)))
+        except TypeError:
+            pass  # something else than a text
     texts: list[str] = []
     chars = sum([_read(key, body[key], texts) for key in _PROMPT_KEYS if key in body])
-    return f'"{digest(texts)[:8].hex()}"', str(chars)
+    return f'"{digest(texts)[:8].hex()}"', chars
 
 
 _PROMPT_KEYS = ("messages", "prompt", "suffix", "input")
+_OTHER_PROMPTS = frozenset(_PROMPT_KEYS[1:])
 _TEXT_KEYS = frozenset(("content", "text", "prompt", "suffix", "input"))  # beside roles, types and images
+_CONTENT = itemgetter("content")
+_ROLE_AND_TEXT = {("role", "content"), ("content", "role")}
 
 
 def _read(key: str, value: Any, texts: list[str]) -> int:
@@ -422,19 +503,14 @@ class Log:
         To make the line takes 6 us; to have the writer make it took the requests' own threads 10, since each
         time it took the interpreter from them and they had to get it back.
         """
-        if len(self._waiting) >= MAX_WAITING:
-            with self._lock:
-                self._dropped += 1
-            return
-        made = None if record.size > MAX_AT_ONCE else self._line(record)
+        full = len(self._waiting) >= MAX_WAITING or self._closing
+        made = self._line(record) if not full and record.size <= MAX_AT_ONCE else None
         with self._lock:
-            if self._closing:
+            if full or self._closing:
                 self._dropped += 1
                 return
             if made is None:
-                if self._bytes + record.size > MAX_WAITING_BYTES:
-                    record.body, record.document, record.size = None, b"", 0
-                self._bytes += record.size
+                self._bound(record)
             self._waiting.append(record if made is None else made)
             if self._idle:
                 self._idle = False
@@ -447,6 +523,12 @@ class Log:
             self._changed.notify()
         self._writer.join(timeout)
         return not self._writer.is_alive()
+
+    def _bound(self, record: Record) -> None:
+        """Let go of its body if too many wait. Called under the lock."""
+        if self._bytes + record.size > MAX_WAITING_BYTES:
+            record.body, record.document, record.size = None, b"", 0
+        self._bytes += record.size
 
     # the writer's thread
 

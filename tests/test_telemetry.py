@@ -37,6 +37,10 @@ def a_record(number: int = 0, **fields: Any) -> Record:
     return Record(1795000000.25, 100.0, **given)
 
 
+def vars_of(attempt: Attempt) -> dict[str, Any]:
+    return {"model": attempt.model, "reason": attempt.reason, "seconds": attempt.seconds}
+
+
 def a_line(number: int, width: int = 40) -> bytes:
     """A line of `width` bytes or more that looks like one of ours."""
     return (b'{"ts":"2026-11-21T00:00:00.000Z","n":%d}' % number).ljust(width - 1) + b"\n"
@@ -114,6 +118,7 @@ class Lines(unittest.TestCase):
         self.assertEqual((found["latency_s"], found["ttft_s"], found["overhead_ms"]), (1.5, 0.25, 1))
         self.assertEqual(found["decode_tps"], 20.0)
         self.assertEqual(self.line(first=100.25, decode_s=0.5, completion_tokens=26)["decode_tps"], 52.0)
+        self.assertEqual(0, self.line(waited=1.6)["overhead_ms"])  # two clocks, and no work done before it came
         self.assertIsNone(self.line(completion_tokens=26)["decode_tps"])
         self.assertIsNone(self.line(first=100.25, completion_tokens=26, cache_hit=True)["decode_tps"])
 
@@ -242,6 +247,64 @@ class Lines(unittest.TestCase):
             )
         usage = {"prompt_tokens": "3", "completion_tokens": [4]}
         self.assertIsNone(self.line(document=json.dumps({"usage": usage}).encode(), cache_hit=True)["prompt_tokens"])
+
+    def test_a_chat_is_hashed_like_any_prompt(self):
+        """A role and a text each goes a shorter way to the same hash; whatever else it may hold takes the long one."""
+        plain = [{"role": "system", "content": "\ud800 be"}, {"content": "brief", "role": "user"}]
+        rows: list[tuple[list[Any], list[str], int]] = [
+            (plain, ["system", "\ud800 be", "brief", "user"], 9),
+            ([{**plain[1], "name": "me"}], ["brief", "user", "me"], 5),
+            ([{"role": "user", "content": None}], ["user"], 0),
+            ([{"role": "user", "content": 5}], ["user", "5"], 0),
+            ([["role", "content"], "role", 7], ["role", "content", "role", "7"], 0),
+            ([], [], 0),
+        ]
+        for messages, texts, chars in rows:
+            with self.subTest(messages=messages):
+                told = "".join(f"{text}\0" for text in texts).encode("utf-8", "surrogatepass")
+                found = self.line(body={"messages": messages})
+                self.assertEqual(
+                    (hashlib.sha256(told).hexdigest()[:16], chars), (found["prompt_hash"], found["prompt_chars"])
+                )
+
+    def test_requests_alike_share_a_form(self):
+        """Only what is named is in it: each line has its own numbers, also where one has none that another has."""
+        rows: list[dict[str, Any]] = [{}, {"prompt_tokens": 3}, {"prompt_tokens": 4, "completion_tokens": 2}]
+        rows += [{"load_s": 0.5}, {"first": 101.0, "completion_tokens": 3}, {"waited": 1.0, "response_chars": 9}, {}]
+        rows += [{"attempts": [Attempt("fast-9b", "ok", seconds)]} for seconds in (0.25, 0.5)]
+        rows += [{"attempts": [Attempt("fast-9b", "busy", 0.25)]}]
+        rows += [
+            {"attempts": [Attempt("fast-9b", "busy", 0.25), Attempt("fast-1b", "ok", 1.0)]},
+            {"client": "100% %s %d"},
+        ]
+        for fields in rows:
+            record, found = a_record(**fields), self.line(Price(1.0, 1.0), host="localhost", **fields)
+            expected = {
+                name: getattr(record, name) for name in ("prompt_tokens", "completion_tokens", "response_chars")
+            }
+            expected |= {"load_s": record.load_s, "ttft_s": record.ttft, "decode_tps": record.decode_tps}
+            expected |= {"overhead_ms": None if record.overhead is None else 1000 * record.overhead}
+            expected |= {"client": record.client or None, "exit_code": 0, "latency_s": 1.5}
+            expected["attempts"] = [vars_of(attempt) for attempt in record.attempts]
+            tokens = [each for each in (record.prompt_tokens, record.completion_tokens) if each is not None]
+            expected["saved_usd"] = sum(tokens) / 1e6 if tokens else None
+            with self.subTest(fields=fields):
+                self.assertEqual(expected, {name: found[name] for name in expected})
+
+    def test_what_a_stranger_sends_is_not_remembered(self):
+        """The forms that are kept are short: a long name of a client is not among them."""
+        telemetry._form.cache_clear()
+        given: list[dict[str, Any]] = [{"client": "x" * 500}, {"endpoint": "x" * 500}, {"error": "x" * 500}]
+        for fields in given:
+            self.assertEqual(128, len(self.line(**fields)[next(iter(fields))]))
+        self.assertEqual(0, telemetry._form.cache_info().currsize)
+        self.line(client="x")
+        self.assertEqual(1, telemetry._form.cache_info().currsize)
+
+    def test_nothing_but_what_there_is(self):
+        """A record has its fields and no others."""
+        with self.assertRaises(AttributeError):
+            a_record(nonsense=1)
 
     def test_any_depth_and_length_of_a_prompt(self):
         """The hash is of each text and a zero byte, in the order sent, also of texts that are hashed by themselves."""
