@@ -398,7 +398,7 @@ def _digest(body: Mapping[str, Any] | None) -> tuple[str, str | int]:
     messages = body.get("messages")
     if type(messages) is list and _OTHER_PROMPTS.isdisjoint(body):
         try:  # a role and a text each, as in most chats: no function for each of them
-            if _ROLE_AND_TEXT.issuperset(map(tuple, messages)):
+            if _DICT.issuperset(map(type, messages)) and _ROLE_AND_TEXT.issuperset(map(tuple, messages)):
                 text = "\0".join((*chain.from_iterable(map(dict.values, messages)), ""))
                 sha = hashlib.sha256(text.encode("utf-8", "surrogatepass"))
                 return f'"{sha.hexdigest()[:16]}"', sum(map(len, map(_CONTENT, messages)))
@@ -413,6 +413,7 @@ _PROMPT_KEYS = ("messages", "prompt", "suffix", "input")
 _OTHER_PROMPTS = frozenset(_PROMPT_KEYS[1:])
 _TEXT_KEYS = frozenset(("content", "text", "prompt", "suffix", "input"))  # beside roles, types and images
 _CONTENT = itemgetter("content")
+_DICT = {dict}
 _ROLE_AND_TEXT = {("role", "content"), ("content", "role")}
 
 
