@@ -230,14 +230,15 @@ _RESIDENCY = ("ps", "load", "unload", "models")
 
 
 def _serve(options: dict[str, Any]) -> int:
-    from portway import config, proxy
+    from portway import config
+    from portway.commands import serve
 
     try:
         loaded = config.load(options.get("--config"), os.environ)
     except config.ConfigError as exc:
         return _refuse(exc)
     listening = _listen_elsewhere(loaded, options.get("--host"), options.get("--port"))
-    return proxy.serve(listening, config_path=options.get("--config"), environ=os.environ)
+    return serve.serve(listening, config_path=options.get("--config"), environ=os.environ)
 
 
 def _check(options: dict[str, Any]) -> int:
@@ -298,22 +299,27 @@ def _standin(words: list[str]) -> int:
 
 def _stats(words: list[str]) -> int:
     from portway import config
-    from portway.commands import stats
+    from portway.commands import probe, stats
 
+    if _asks_for_help(words):
+        return stats.main(words)
+    path, words = _take_config(words)
     try:
-        file = config.load(None, os.environ).log.file
+        loaded = config.load(path, os.environ)
     except config.ConfigError as exc:
         return _refuse(exc)
-    named = any(word.partition("=")[0] == "--log" for word in words)
-    return stats.main([*words, "--log", file] if file and not named else words)
+    return stats.main(words, os.environ, log=loaded.log.file, health=lambda: probe.health(loaded, os.environ))
 
 
 def _residency(name: str, words: list[str]) -> int:
     from portway import config
     from portway.commands import residency as residency_cli
 
+    if _asks_for_help(words):
+        return _show(residency_cli.HELP[name])
+    path, words = _take_config(words)
     try:
-        loaded = config.load(None, os.environ)
+        loaded = config.load(path, os.environ)
     except config.ConfigError as exc:
         return _refuse(exc)
     return residency_cli.main(name, words, loaded)
@@ -324,8 +330,11 @@ def _cache(words: list[str]) -> int:
     from portway.cache import file as cache_file
     from portway.commands import cache as cache_cli
 
+    if _asks_for_help(words):
+        return _show(cache_cli.HELP)
+    path, words = _take_config(words)
     try:
-        file = config.load(None, os.environ).cache.file
+        file = config.load(path, os.environ).cache.file
     except config.ConfigError as exc:
         return _refuse(exc)
     return cache_cli.main(words, file or cache_file.default_path(os.environ))
@@ -384,6 +393,26 @@ def _read_options(
             raise _UsageError(f"{name} needs a value")
         options[name] = read(given)
     return options
+
+
+def _asks_for_help(words: Sequence[str]) -> bool:
+    """Then no configuration is read: it may be what help is needed with."""
+    return "--help" in words or "-h" in words
+
+
+def _take_config(words: Sequence[str]) -> tuple[str | None, list[str]]:
+    """The value of --config, wherever it stands, and the words without it."""
+    path, left = None, []
+    rest = iter(words)
+    for word in rest:
+        name, equals, value = word.partition("=")
+        if name != "--config":
+            left.append(word)
+            continue
+        path = value if equals else next(rest, "")
+        if not path:
+            raise _UsageError("--config needs a value")
+    return path, left
 
 
 def _port(text: str) -> int:

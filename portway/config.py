@@ -33,7 +33,7 @@ class Server:
     allowed_origins: tuple[str, ...] = ()  # lower-case
     heartbeat: float = 15.0  # silence after which a streaming client hears `: portway`
     max_body: int = 32 * 1024 * 1024
-    max_requests: int = 256  # requests worked on at once; one thread each
+    max_requests: int = 256  # requests worked on at once; others wait for their turn
     max_connections: int = 12_000  # open client connections, idle ones included
     header_timeout: float = 10.0  # from a request's first byte to the end of its head
     body_timeout: float = 60.0  # from the end of its head to the end of its body
@@ -188,13 +188,18 @@ class Config:
 
     def flagged(self, flag: str) -> Model | None:
         """The model behind a flag of `ask`; "default": the one marked so, else the first; "council": the
-        first of that kind."""
+        one that has it, else the first of that kind."""
         models = self.models.values()
-        if flag == "council":
-            return next((model for model in models if isinstance(model.panel, panels.Council)), None)
         if flag == "default":
             return next((model for model in models if model.default), next(iter(models)))
-        return next((model for model in models if model.flag == flag), None)
+        found = next((model for model in models if model.flag == flag), None)
+        if found is None and flag == "council":
+            return next((model for model in models if isinstance(model.panel, panels.Council)), None)
+        return found
+
+    def flag_of(self, model: Model) -> str:
+        """The flag by which `ask` means that model; "" if it has none."""
+        return model.flag or ("council" if self.flagged("council") is model else "")
 
     def near(self, name: str) -> list[str]:
         """Up to three names to ask for instead of an unknown one, the likeliest first.

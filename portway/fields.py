@@ -259,9 +259,10 @@ def tier(value: object) -> str:
     raise Refused(_unfit(value, str), "small letters, digits and hyphens, and none of ask's own options")
 
 
-# what `ask` already understands behind two hyphens; a test compares
+# what `ask` already understands behind two hyphens (a test compares), and "flag:default"
 _ASK_OPTIONS = frozenset(
-    "help version json schema no-cache refresh strict last show-thinking completion council default".split()
+    "completion default extract file help json last model no-cache no-input refresh schema show-thinking strict system"
+    " temperature tiers verbose version".split()
 )
 
 

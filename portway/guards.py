@@ -13,6 +13,7 @@ import re
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
+from portway.call import ENDPOINTS
 from portway.errors import ClientError
 from portway.keys import digest_of
 
@@ -116,8 +117,8 @@ class Guards:
 
 
 # routes by the names that the route table gives them
-_OPEN = ("get_health",)
-_COUNTED = ("post_chat", "post_completions", "post_embeddings")  # against a key's rpm
+_OPEN = ("get_health", "options")
+_COUNTED = ENDPOINTS  # against a key's rpm
 _FOR_MODELS = (*_COUNTED, "get_models", "get_model")  # what a key for some models alone is good for
 
 _LOOPBACK = ("localhost", "127.0.0.1", "::1")

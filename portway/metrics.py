@@ -30,13 +30,14 @@ OVERHEAD = (0.00005, 0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025,
 class Reading:
     """A number that somebody else keeps, read at each scrape.
 
-    name: without `portway_`; a counter's ends with _total. read: a number, or one for each value of `label`.
+    name: without `portway_`; a counter's ends with _total. read: a number; with `labels` one for each
+    combination of their values.
     """
 
     name: str
     help: str
-    read: Callable[[], float | Mapping[str, float]]
-    label: str = "model"
+    read: Callable[[], float | Mapping[tuple[str, ...], float]]
+    labels: tuple[str, ...] = ()
     kind: Literal["gauge", "counter"] = "gauge"
 
 
@@ -91,7 +92,7 @@ _Key = tuple[str, str, bool]  # status, cache, demoted; a NamedTuple would cost 
 
 def _status(record: Record) -> str:
     """Bounded, too: a stream that broke has sent its 200, and counts as what it became."""
-    return "cancelled" if record.cancelled_in else _CLASSES.get(record.outcome, "5xx")
+    return "cancelled" if record.cancelled_in else _CLASSES.get(record.failure, "5xx")
 
 
 _CLASSES = {0: "2xx", 4: "4xx"}
@@ -190,8 +191,8 @@ def _reading(reading: Reading) -> Iterator[str]:
     yield from _head(reading.name, reading.kind, reading.help)
     value = reading.read()
     if isinstance(value, Mapping):
-        for label, each in value.items():
-            yield _sample(reading.name, {reading.label: label}, each)
+        for texts, each in value.items():
+            yield _sample(reading.name, dict(zip(reading.labels, texts, strict=True)), each)
     else:
         yield _sample(reading.name, {}, value)
 

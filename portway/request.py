@@ -28,10 +28,10 @@ def read_call(endpoint: Endpoint, raw: bytes, config: Config, key: Key | None = 
     body = loads_object(raw)
     model = find_model(body.get("model"), config, key)
     stream = boolean(body, "stream") and endpoint != "embeddings"
-    include_usage = _include_usage(body.get("stream_options"))
+    include_usage = "stream_options" in body and _include_usage(body["stream_options"])
     if endpoint == "chat":
         _check_messages(body.get("messages"))
-    if b'url"' in raw or b"\\u" in raw:  # a key may be written with escapes
+    if b'url"' in raw or (b"\\" in raw and b"\\u" in raw):  # a key may be written with escapes
         _refuse_addresses(body)
     return Call(
         endpoint=endpoint,

@@ -1,9 +1,9 @@
 """The log: one JSON line per request, written beside the request path and never in its way.
 
-A request fills a `Record` and hands it to `Log.record`, which costs a place in a bounded queue. One
-thread does the rest: hashes the prompt, makes the line, appends whole lines to the file. Several
-processes may write the same file (`LogFile`). What the file refuses becomes `problem` and is tried
-again; what does not fit the queue meanwhile is dropped and counted.
+A request fills a `Record` and hands it to `Log.record` when its answer is out, which makes the line and
+puts it into a bounded queue; a thread appends what has gathered to the file, whole lines in one write.
+Several processes may write the same file (`LogFile`). What the file refuses becomes `problem` and is
+tried again; what does not fit the queue meanwhile is dropped and counted.
 
 No line holds text of a prompt or an answer, a key or an error's message (servers quote prompts in
 theirs). What the lines say all together is commands/stats.py's business. Nothing here knows HTTP or sockets.
@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import errno
 import fcntl
-import hashlib
 import json
 import math
 import os
@@ -30,6 +29,7 @@ from json.encoder import encode_basestring_ascii
 from typing import TYPE_CHECKING, Any
 
 from portway import stderr
+from portway.wire.digest import digest
 
 if TYPE_CHECKING:
     from portway.answers import Found
@@ -40,10 +40,9 @@ MAX_BYTES = 32 * 1024 * 1024  # of the file before it is rotated: some 50,000 li
 KEEP = 5  # rotated files; they compress to about a tenth
 MAX_WAITING = 10_000  # records in the queue; a writer that is stuck for long costs lines, never memory
 MAX_WAITING_BYTES = 32 * 1024 * 1024  # of their request bodies; beyond it a line goes without its prompt_hash
+MAX_AT_ONCE = 16 * 1024  # bytes of body up to which the line is made at once; to hash more is the writer's work
 MAX_BATCH = 512  # lines in one write
 GATHER = 0.05  # seconds the writer lets lines gather: it wakes 20 times a second at most, however many there are
-BREATHE = 8  # lines (0.1 ms of work) after which the writer offers the interpreter to the threads that answer ...
-BREATH = 0.0001  # ... for so many seconds; a quarter full queue gets none of it
 RETRY_AFTER = 1.0  # seconds until a file that refused is tried again; doubled up to ...
 RETRY_AT_MOST = 30.0
 MAX_LINE = 65_536  # bytes; no line of ours comes near it
@@ -81,10 +80,11 @@ class Record:
 
     ts: time.time() when it came. started, first, ended: time.monotonic() when it came, when its first
     content was sent, when it was over. waited: seconds spent waiting for others, None = not measured.
-    cache_hit: None = the cache was not asked. error: a code, never a message. cancelled_in: the phase
-    (call.PHASES) in which the client left. host: the backend's. exit_code: None = made from the status.
-    key: what the client's key is called. body: the request as parsed, for its prompt's hash and size. document: an
-    answer out of the cache, whose sizes the writer takes from it. size: bytes of both.
+    cache_hit: None = the cache was not asked. error: a code, never a message. cancelled_in: what the client
+    left in: a phase (call.PHASES), "request" if it had not sent all of it, "stalled" if it did not read.
+    host: the backend's, of several one that is not local; "" = not known. exit_code: None = made from the
+    status. key: what the client's key is called. body: the request as parsed, for its prompt's hash and size.
+    document: an answer out of the cache, whose sizes the writer takes from it. size: bytes of both.
     """
 
     ts: float
@@ -130,7 +130,8 @@ class Record:
         """A target has answered, or has begun to; `first` as above."""
         tally = served.answer.tally
         self.served_by = served.model.name
-        self.host = served.model.backend.host
+        hosts = served.hosts
+        self.host = next((each for each in hosts if not is_local(each)), hosts[0]) if hosts else ""
         self.attempts = served.attempts
         self.first = first
         self.queue_s = served.queued
@@ -187,12 +188,15 @@ class Record:
 
     @property
     def outcome(self) -> int:
+        """What stands in the log as exit_code."""
+        return self.failure if self.exit_code is None else self.exit_code
+
+    @property
+    def failure(self) -> int:
         """0 = answered, else the class of the status: 4 = the request or its client, 5 = the servers.
 
         A stream that has begun keeps its 200, whatever then becomes of it.
         """
-        if self.exit_code is not None:
-            return self.exit_code
         if self.cancelled_in:
             return 4
         if self.status >= 400:
@@ -213,19 +217,18 @@ class Record:
 
 def line(record: Record, price: Price) -> bytes:
     """A record's line in the log, with its line end: JSON in ASCII, each key always there. `ts` leads, so
-    that lines sort by time as text. Built by hand: a dict and json.dumps() take twice as long."""
+    that lines sort by time as text. Built by hand: a dict and json.dumps() take three times as long."""
     prompt_hash, prompt_chars = _digest(record.body)
     if record.document:
         _measure(record)
+    attempts = record.attempts
     text = (
-        f'{{"ts":"{iso_time(record.ts)}","id":{_text(record.id)},"client":{_text(record.client)}'
-        f',"key":{_text(record.key)}'
-        f',"endpoint":{_text(record.endpoint)},"model":{_text(record.model)},"served_by":{_text(record.served_by)}'
-        f',"local":{_WORDS[is_local(record.host) if record.host else None]},"stream":{_WORDS[record.stream]}'
-        f',"status":{record.status},"exit_code":{record.outcome},"error":{_text(record.error)}'
-        f',"cache_hit":{_WORDS[record.cache_hit]},"demoted":{_WORDS[record.demoted]}'
-        f',"attempts":[{",".join([_attempt(attempt) for attempt in record.attempts])}]'
-        f',"prompt_hash":{_text(prompt_hash)},"prompt_chars":{_number(prompt_chars)}'
+        f'{{"ts":"{iso_time(record.ts)}","id":{_text(record.id)}'
+        f"{_who(record.client[:MAX_NAME], record.key, record.endpoint, record.model, record.served_by, record.host)}"
+        f',"stream":{_WORDS[record.stream]},"status":{record.status},"exit_code":{record.outcome}'
+        f',"error":{_text(record.error)},"cache_hit":{_WORDS[record.cache_hit]},"demoted":{_WORDS[record.demoted]}'
+        f',"attempts":[{",".join([_attempt(attempt) for attempt in attempts]) if attempts else ""}]'
+        f',"prompt_hash":{prompt_hash},"prompt_chars":{prompt_chars}'
         f',"response_chars":{record.response_chars},"prompt_tokens":{_number(record.prompt_tokens)}'
         f',"completion_tokens":{_number(record.completion_tokens)},"truncated":{_WORDS[record.truncated]}'
         f',"cancelled_in":{_text(record.cancelled_in)},"latency_s":{_number(record.latency)}'
@@ -236,13 +239,25 @@ def line(record: Record, price: Price) -> bytes:
     return text.encode("ascii")
 
 
+@lru_cache(maxsize=256)  # most requests are alike; what a client calls itself is cut, so that this stays small
+def _who(client: str, key: str, endpoint: str, model: str, served_by: str, host: str) -> str:
+    return (
+        f',"client":{_text(client)},"key":{_text(key)},"endpoint":{_text(endpoint)},"model":{_text(model)}'
+        f',"served_by":{_text(served_by)},"local":{_WORDS[is_local(host) if host else None]}'
+    )
+
+
 def _measure(record: Record) -> None:
     """Take the sizes of a stored answer, as its first asker's line had them."""
     document = json.loads(record.document)
     usage = document.get("usage") or {}
-    record.prompt_tokens, record.completion_tokens = usage.get("prompt_tokens"), usage.get("completion_tokens")
+    record.prompt_tokens, record.completion_tokens = map(_count, map(usage.get, ("prompt_tokens", "completion_tokens")))
     for choice in document.get("choices") or ():
         record.response_chars += len(choice.get("message", {}).get("content") or choice.get("text") or "")
+
+
+def _count(value: Any) -> int | None:
+    return value if isinstance(value, int) else None  # a server may have sent anything
 
 
 def iso_time(ts: float) -> str:
@@ -281,58 +296,59 @@ def _number(value: float | None, factor: float = 1.0) -> str:
     sent, are none."""
     if value is None:
         return "null"
-    if isinstance(value, int):
-        return str(value)
+    if not value or isinstance(value, int):
+        return str(int(value))
     return f"{value * factor:.6g}" if math.isfinite(value) else "null"
 
 
 def _attempt(attempt: Attempt) -> str:
-    seconds = _number(attempt.seconds)
-    return f'{{"model":{_text(attempt.model)},"reason":{_text(attempt.reason)},"seconds":{seconds}}}'
+    return f"{_tried(attempt.model, attempt.reason)}{_number(attempt.seconds)}}}"
+
+
+@lru_cache(maxsize=256)
+def _tried(model: str, reason: str) -> str:
+    return f'{{"model":{_text(model)},"reason":{_text(reason)},"seconds":'
 
 
 def _saved(record: Record, price: Price) -> float | None:
     """What the answer would have cost elsewhere; nothing if it came from elsewhere, or not at all."""
     if record.prompt_tokens is None and record.completion_tokens is None:
         return None
-    if record.outcome or not (record.cache_hit or is_local(record.host)):
+    if record.failure or not (record.cache_hit or (record.host and is_local(record.host))):
         return 0.0
     return price.of(record.prompt_tokens or 0, record.completion_tokens or 0)
 
 
-def _digest(body: Mapping[str, Any] | None) -> tuple[str | None, int | None]:
-    """The prompt's hash, 16 hexadecimal digits, and its characters.
+def _digest(body: Mapping[str, Any] | None) -> tuple[str, str]:
+    """The prompt's hash, 16 hexadecimal digits, and its characters, as they stand in the line.
 
     Only the prompt: the same question asked with other options, or of another model, has the same hash.
     """
     if body is None:
-        return None, None
-    sha, chars = hashlib.sha256(), 0
-    for key, text in _prompt_texts(body):
-        sha.update(text.encode("utf-8", "surrogatepass"))
-        sha.update(b"\0")
-        if key in _TEXT_KEYS:
-            chars += len(text)
-    return sha.hexdigest()[:16], chars
+        return "null", "null"
+    texts: list[str] = []
+    chars = sum([_read(key, body[key], texts) for key in _PROMPT_KEYS if key in body])
+    return f'"{digest(texts)[:8].hex()}"', str(chars)
 
 
 _PROMPT_KEYS = ("messages", "prompt", "suffix", "input")
 _TEXT_KEYS = frozenset(("content", "text", "prompt", "suffix", "input"))  # beside roles, types and images
 
 
-def _prompt_texts(body: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
-    """Every text of the prompt with the key it stands under, in the order sent. Numbers are token ids."""
-    rest: list[tuple[str, Any]] = [(key, body[key]) for key in reversed(_PROMPT_KEYS) if key in body]
-    while rest:
-        key, value = rest.pop()
-        if isinstance(value, str):
-            yield key, value
-        elif isinstance(value, dict):
-            rest += reversed(value.items())
-        elif isinstance(value, list):
-            rest += [(key, item) for item in reversed(value)]
-        elif value is not None:
-            yield "", repr(value)
+def _read(key: str, value: Any, texts: list[str]) -> int:
+    """Add every text in `value`, which stands under `key`, in the order sent, and a mark behind each; numbers are
+    token ids. Returns the characters of those that are text to a model."""
+    kind = type(value)
+    if kind is str:
+        texts += (value, "\0")
+        return len(value) if key in _TEXT_KEYS else 0
+    if kind is list:
+        return sum([_read(key, item, texts) for item in value])
+    if kind is dict:
+        return sum([_read(name, item, texts) for name, item in value.items()])
+    if value is not None:
+        texts += (repr(value), "\0")
+    return 0
 
 
 # --- The queue and its thread ----------------------------------------------------------------
@@ -360,11 +376,13 @@ class Log:
         self.price = price or Price()
         self._say = say or stderr.say
         self._retry_after = retry_after
-        self._changed = threading.Condition()  # its lock guards everything down to the blank line
-        self._waiting: deque[Record] = deque()
+        self._lock = threading.Lock()  # guards everything down to the blank line
+        self._changed = threading.Condition(self._lock)
+        self._waiting: deque[Record | bytes] = deque()
         self._bytes = 0  # of the bodies that wait
         self._dropped = 0
         self._closing = False
+        self._idle = False  # the writer waits for a line, and has to be told of one
 
         self._file = LogFile(os.path.abspath(path), max_bytes, keep, write)  # this and the rest are the writer's
         self._written = 0
@@ -394,17 +412,32 @@ class Log:
         """Why the file can't be written now, in words; None = it can, as far as is known."""
         return self._problem
 
+    def limit(self, max_bytes: int, keep: int) -> None:
+        """Rotate by other numbers from the next write on: see LogFile."""
+        self._file.max_bytes, self._file.keep = max_bytes, keep  # two numbers, which the writer only reads
+
     def record(self, record: Record) -> None:
-        """Take a finished record. Never waits for the file and never fails for its sake."""
-        with self._changed:
-            if self._closing or len(self._waiting) >= MAX_WAITING:
+        """Take a finished record. Never waits for the file and never fails for its sake.
+
+        To make the line takes 6 us; to have the writer make it took the requests' own threads 10, since each
+        time it took the interpreter from them and they had to get it back.
+        """
+        if len(self._waiting) >= MAX_WAITING:
+            with self._lock:
+                self._dropped += 1
+            return
+        made = None if record.size > MAX_AT_ONCE else self._line(record)
+        with self._lock:
+            if self._closing:
                 self._dropped += 1
                 return
-            if self._bytes + record.size > MAX_WAITING_BYTES:
-                record.body, record.document, record.size = None, b"", 0
-            self._bytes += record.size
-            self._waiting.append(record)
-            if len(self._waiting) == 1:
+            if made is None:
+                if self._bytes + record.size > MAX_WAITING_BYTES:
+                    record.body, record.document, record.size = None, b"", 0
+                self._bytes += record.size
+            self._waiting.append(record if made is None else made)
+            if self._idle:
+                self._idle = False
                 self._changed.notify()
 
     def close(self, timeout: float) -> bool:
@@ -418,8 +451,8 @@ class Log:
     # the writer's thread
 
     def _run(self) -> None:
-        while records := self._take():
-            lines = self._lines(records)
+        while waiting := self._take():
+            lines = [each if isinstance(each, bytes) else self._line(each) for each in waiting]
             delay = self._retry_after
             while lines := lines[self._append(lines) :]:
                 if self._problem and self._pause(delay):
@@ -428,32 +461,30 @@ class Log:
                 delay = min(2 * delay, RETRY_AT_MOST)
         self._file.close()
 
-    def _take(self) -> list[Record]:
-        """The records to write next; empty once the log is closed and nothing waits."""
+    def _take(self) -> list[Record | bytes]:
+        """What to write next; empty once the log is closed and nothing waits."""
         with self._changed:
             while not self._waiting and not self._closing:
+                self._idle = True
                 self._changed.wait()
+            self._idle = False
         if len(self._waiting) < MAX_BATCH:
             self._pause(GATHER)
         with self._changed:
             count = min(len(self._waiting), MAX_BATCH)
-            records = [self._waiting.popleft() for _ in range(count)]
-            self._bytes -= sum(record.size for record in records)
-        return records
+            taken = [self._waiting.popleft() for _ in range(count)]
+            self._bytes -= sum([each.size for each in taken if not isinstance(each, bytes)])
+        return taken
 
     def _pause(self, seconds: float) -> bool:
         """Wait, unless the log is being closed. Returns whether it is."""
         with self._changed:
             return self._changed.wait_for(lambda: self._closing, seconds)
 
-    def _lines(self, records: Sequence[Record]) -> list[bytes]:
-        lines = []
-        for count, record in enumerate(records, 1):
-            lines.append(line(record, self.price))
-            record.body, record.document = None, b""  # the daemon may still hold the record; no text is kept
-            if not count % BREATHE:
-                time.sleep(BREATH if len(self._waiting) < MAX_WAITING // 4 else 0)
-        return lines
+    def _line(self, record: Record) -> bytes:
+        made = line(record, self.price)
+        record.body, record.document = None, b""  # the daemon may still hold the record; no text is kept
+        return made
 
     def _append(self, lines: Sequence[bytes]) -> int:
         """How many of the lines are now in the file."""
@@ -509,8 +540,8 @@ class LogFile:
     ) -> None:
         self.path = path
         self.trouble: OSError | None = None
-        self._max_bytes = max_bytes
-        self._keep = keep
+        self.max_bytes = max_bytes
+        self.keep = keep
         self._write = write
         self._file: int | None = None
 
@@ -564,7 +595,7 @@ class LogFile:
             self.trouble = exc
 
     def _is_full(self, size: int, room: int) -> bool:
-        return size > 0 and size + room > self._max_bytes
+        return size > 0 and size + room > self.max_bytes
 
     def _rotate(self, room: int) -> None:
         lock = _open_private(f"{self.path}.lock", os.O_RDWR | os.O_CREAT)
@@ -580,9 +611,9 @@ class LogFile:
         with self._held() as file:
             if not self._is_full(os.fstat(file).st_size, room):
                 return  # somebody else was quicker
-            _shift(self.path, self._keep)
+            _shift(self.path, self.keep)
         self.close()
-        if self._keep:
+        if self.keep:
             _compress(f"{self.path}.1")
 
 

@@ -203,10 +203,10 @@ class MadeUpReply:
         self.done: list[str] = []
         self._reads = [data for data in reads if data]
 
-    def read(self) -> bytes:
+    async def read(self) -> bytes:
         return self._reads.pop(0) if self._reads else b""
 
-    def settle(self) -> None:
+    async def settle(self) -> None:
         self.done.append("settle")
 
     def close(self) -> None:

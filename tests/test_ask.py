@@ -19,7 +19,7 @@ import zipfile
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from portway import __version__
+from portway import __version__, fields
 from portway.ask import command as ask
 from portway.ask import install as ask_install
 from portway.ask import manual as ask_help
@@ -339,6 +339,11 @@ class TestOptions(AskTestCase):
         self.answered("ok", "-n", "--", "--9b", "-x")
         self.assertEqual(self.prompt(), "--9b -x")
 
+    def test_no_tier_can_hide_behind_an_option(self):
+        """What ask understands itself is no flag of a model; the configuration refuses all of these."""
+        own = {name.removeprefix("--") for name in (*ask.SWITCHES, *ask.VALUES) if name.startswith("--")}
+        self.assertEqual({*own, "default"}, fields._ASK_OPTIONS)
+
 
 class TestAnswer(AskTestCase):
     def test_a_demotion_is_always_said(self):
@@ -587,6 +592,10 @@ class Screen:
             if not self._read(until):
                 raise AssertionError(f"{text!r} is not in {self.seen!r}")
 
+    def wait_for_more(self) -> None:
+        """Read what comes next; after PATIENCE, or at the end, nothing."""
+        self._read(time.monotonic() + PATIENCE)
+
     def wait_end(self) -> str:
         """Read until nobody has the terminal open any more."""
         until = time.monotonic() + PATIENCE
@@ -765,23 +774,6 @@ class TestManual(AskTestCase):
                 if shutil.which(shell):
                     done = subprocess.run(check, input=script, capture_output=True, timeout=PATIENCE, check=False)
                     self.assertEqual((done.returncode, done.stderr), (0, b""))
-
-    @unittest.skipUnless(shutil.which("bash"), "needs bash")
-    def test_bash_completes_tiers_from_the_daemon(self):
-        """--<TAB> offers the daemon's tiers, -m <TAB> its models."""
-        ask_install.install(str(self.folder / "bin"), self.environ)
-        for line, expected in (("ask --9", ["--9b"]), ("ask -m fast-3", ["fast-3b"]), ("ask --completion f", ["fish"])):
-            words = line.split(" ")
-            self.server.add(MODELS)
-            program = (
-                f'eval "$(ask --completion bash)"; COMP_WORDS=({" ".join(words)}); COMP_CWORD={len(words) - 1}; '
-                '_ask; echo "${COMPREPLY[@]}"'
-            )
-            environ = {**self.environ, "PATH": f"{self.folder}/bin:{self.environ['PATH']}"}
-            done = subprocess.run(
-                ["bash", "-c", program], env=environ, capture_output=True, timeout=PATIENCE, check=False
-            )
-            self.assertEqual((done.stdout.split(), done.stderr), ([word.encode() for word in expected], b""))
 
 
 class TestInstall(AskTestCase):

@@ -15,6 +15,7 @@ from contextlib import closing, redirect_stderr, redirect_stdout
 from dataclasses import replace
 from hashlib import sha256
 from pathlib import Path
+from random import Random
 from types import MappingProxyType
 from typing import Any
 from unittest import mock
@@ -23,12 +24,13 @@ from portway.cache import file as cache_file
 from portway.cache import replay
 from portway.cache import store as cache
 from portway.cache.file import CacheFile, Counts, Row, Unusable
-from portway.cache.rules import Control, is_storable, parse_control, request_key, why_bypassed
+from portway.cache.rules import Control, Keys, is_storable, parse_control, request_key, why_bypassed
 from portway.cache.store import Cache, Entry
 from portway.call import Attempt, Call, Served, Tally
 from portway.commands import cache as cache_cli
 from portway.config import Backend, Model
-from portway.wire.events import SSEReader, WireError
+from portway.wire.events import SSEReader, WireError, dumps
+from tests.llama_server import wait_for
 
 PATIENCE = 20.0  # seconds; no wait may take longer
 ROOT = str(Path(__file__).resolve().parent.parent)
@@ -90,7 +92,7 @@ def delta(finish: str | None = None, **members: Any) -> dict[str, Any]:
     return {"choices": [{"index": 0, "delta": members, "finish_reason": finish}]}
 
 
-class Keys(unittest.TestCase):
+class RequestKeys(unittest.TestCase):
     def test_a_stream_and_a_plain_request_share_a_key(self):
         """What shapes no answer is not in the key: stream, stream_options, user, metadata, and the alias used."""
         plain = request_key(a_call(), MODEL)
@@ -124,6 +126,56 @@ class Keys(unittest.TestCase):
     def test_how_long_a_model_stays_loaded_does_not_count(self):
         """keep_alive shapes no answer."""
         self.assertEqual(request_key(a_call(), MODEL), request_key(a_call(), replace(MODEL, keep_alive=60.0)))
+
+    def test_members_within_members_may_come_in_any_order_too(self):
+        """At every depth, and with texts of any length."""
+        for text in ("why?", "y" * 10_000):
+            part, trap = {"type": "text", "text": text, "cache": {"a": 1, "b": [2]}}, {"role": "user", "content": text}
+            messages = [trap, {**trap, "name": "me"}, {"role": "user", "content": [part, {"a": "1", "b": "2"}]}]
+            turned = json.loads(json.dumps(messages), object_pairs_hook=lambda pairs: dict(reversed(pairs)))
+            self.assertNotEqual(json.dumps(messages), json.dumps(turned))
+            self.assertEqual(request_key(a_call(messages=messages), MODEL), request_key(a_call(messages=turned), MODEL))
+
+    def test_two_values_share_a_key_only_if_they_are_the_same(self):
+        """Of many values that look alike: what is told apart as JSON with sorted members has another key."""
+        random = Random(5)
+        leaves = ["", "a", 1, True, None]
+
+        def value(depth: int) -> Any:
+            kind = random.randrange(3) if depth else 0
+            if kind == 0:
+                return random.choice(leaves)
+            values = [value(depth - 1) for _ in range(random.randrange(4))]
+            return values if kind == 1 else dict(zip(random.sample(("a", "", "1"), 3), values, strict=False))
+
+        found: dict[bytes, str] = {}
+        for _ in range(20_000):
+            given = value(3)
+            told = json.dumps(given, sort_keys=True)
+            self.assertEqual(told, found.setdefault(request_key(a_call(x=given), MODEL), told))
+        self.assertEqual(len(set(found.values())), len(found))
+        self.assertGreater(len(found), 2_000)
+
+    def test_no_text_passes_for_a_structure(self):
+        """Texts that hold what stands between texts are told apart from those that have it between them."""
+        long = "x" * 10_000
+        alike: list[dict[str, Any]] = [{"x": text, "y": 1} for text in ("a", "1", long)]
+        alike += [{"x": f'{text}"1:y=1,'} for text in ("a", "1", long)]
+        values: list[Any] = [["a", "b"], ['a"1:b'], 'a"1:b', ["ab"], "1", 1, 1.0, True, "=1,", "[0", [], {}]
+        alike += [{"x": each} for each in values]
+        alike += [{"x": {"a": "b", "c": "d"}}, {"x": "1:a1:b1:c1:d"}, {"x": "&1:a1:b1:c1:d"}, {"x": {"a": "b1:c1:d"}}]
+        alike += [{"x": {"a": "p", "c": "q1:d1:r"}}, {"x": {"a": "p1:c7:q", "d": "r"}}]
+        alike += [{"x": {"a": "b", "c": 'd"1:y=1,'}}, {"x": {"a": "b", "c": "d"}, "y": 1}]
+        alike += [{"x": {"a": "b", "c": "q1:r"}}, {"x": {"a": "b", "c4:q": "r"}}]
+        alike += [{"x": "\ud83d\ude00"[:1]}, {"x": "\u00e9"}, {"x": "e\u0301"}]
+        self.assertEqual(len(alike), len({request_key(a_call(**body), MODEL) for body in alike}))
+
+    def test_what_is_prepared_is_the_models(self):
+        """Keys gives the same key each time, and another one for another model of the same name."""
+        keys, other = Keys(), replace(MODEL, num_ctx=8192)
+        for model in (MODEL, MODEL, other, MODEL):
+            for endpoint in ("chat", "completions"):
+                self.assertEqual(request_key(a_call(endpoint), model), keys.of(a_call(endpoint), model))
 
     def test_the_endpoint_counts(self):
         """A completion is no chat, whatever the bodies hold."""
@@ -208,6 +260,41 @@ class Documents(unittest.TestCase):
         told = json.loads(replay.replay(document, a_call(), "fast-9b"))
         expected = {**chat_answer(reasoning_content="Hm."), "id": "chatcmpl-new", "created": 1_700_000_000}
         self.assertEqual(expected, told)
+
+    def test_what_is_the_requests_own_is_cut_out_wherever_it_stands(self):
+        """At the top and nowhere else, in any order and spacing, with values of any kind: the rest is as it was."""
+        random = Random(3)
+        own: dict[str, list[Any]] = {"id": ["x", "", 'a"id":1', "\\", None, 5, {"id": "x"}, ["x"]]}
+        own |= {"object": ["chat.completion"], "created": [1, 1.5, -1, True], "model": ["m", "\u00e9", "a,b}"]}
+        inner: list[Any] = [
+            1,
+            None,
+            "text",
+            '"id":"x",',
+            '\\"model":"m",',
+            {"id": "x"},
+            {"a": [{"model": "m", "b": 1}]},
+        ]
+        cut = 0
+        for _ in range(3000):
+            members = [(name, random.choice(values)) for name, values in own.items() if random.random() < 0.8]
+            members += [(name, random.choice(inner)) for name in random.sample(("usage", "timings", "x"), 2)]
+            members.append(("choices", [{"message": {"content": random.choice(inner[2:5])}}]))
+            random.shuffle(members)
+            space = random.choice((None, (",", ":"), (" , ", "  :\n")))
+            text = json.dumps(dict(members), separators=space, ensure_ascii=random.random() < 0.5)
+            with self.subTest(text), mock.patch("portway.cache.replay.dumps", wraps=dumps) as written:
+                document = replay.plain_document(f" {text}\n".encode())
+                self.assertEqual({name: each for name, each in members if name not in own}, json.loads(document))
+                self.assertEqual((b"{", b"}"), (document[:1], document[-1:]))
+            cut += not written.called
+        self.assertGreater(cut, 500)  # it is worth its while
+
+    def test_members_that_come_twice(self):
+        """The last one counts, as in every parser; none is left over."""
+        for text in ('{"id":"a","choices":[],"id":"b"}', '{"model":"a","model":"a","choices":[]}'):
+            self.assertEqual(b'{"choices":[]}', replay.plain_document(text.encode()))
+        self.assertEqual(b'{"x":2}', replay.plain_document(b'{"x":1,"id":"a","x":2,"id":{}}'))
 
     def test_embeddings_come_back_as_they_were(self):
         """A list of vectors has no id."""
@@ -509,6 +596,100 @@ class Storing(InFolder):
         self.assertEqual((800, 0), (stats.entries, made.dropped))
 
 
+class Gathering(InFolder):
+    """When the writer writes. Left to itself it would wait for hours here."""
+
+    def setUp(self):
+        super().setUp()
+        self.enterContext(mock.patch.object(cache, "GATHER", 10_000.0))
+        self.enterContext(mock.patch.object(cache, "NOTES_DELAY", 10_000.0))
+
+    def in_file(self) -> int:
+        with closing(sqlite3.connect(self.path)) as db:
+            (count,) = db.execute("SELECT count(*) FROM answers").fetchone()
+        return int(count)
+
+    def settle(self, made: Cache) -> None:
+        """Wait until the writer has seen all there is and waits."""
+        waits, wait = threading.Semaphore(0), made._changed.wait
+
+        def told(timeout: float | None = None) -> bool:
+            if threading.current_thread() is made._writer:
+                waits.release()
+            return wait(timeout)
+
+        with mock.patch.object(made._changed, "wait", told):
+            with made._changed:
+                made._changed.notify_all()
+            self.assertTrue(waits.acquire(timeout=PATIENCE))
+
+    def wait_for_file(self, entries: int) -> None:
+        until = time.monotonic() + PATIENCE
+        while self.in_file() != entries and time.monotonic() < until:
+            time.sleep(0.005)
+        self.assertEqual(entries, self.in_file())
+
+    def test_answers_gather_and_are_found_meanwhile(self):
+        """Nothing is written yet, everything is there; flush() does not wait."""
+        made = self.a_cache()
+        for number in range(20):
+            self.put(made, number)
+        self.settle(made)
+        self.assertEqual((list(range(20)), 0), (self.found(made, *range(20)), self.in_file()))
+        self.assertTrue(made.flush(PATIENCE))
+        self.assertEqual((list(range(20)), 20), (self.found(made, *range(20)), self.in_file()))
+
+    def test_many_are_enough(self):
+        """A full batch is written at once, again and again."""
+        with mock.patch.object(cache, "BATCH", 5):
+            made = self.a_cache()
+            for total in (5, 10):
+                for number in range(total - 5, total - 1):
+                    self.put(made, number)
+                self.settle(made)
+                self.put(made, total - 1)
+                self.wait_for_file(total)
+            self.put(made, 10)
+            self.assertEqual([10], self.found(made, 10))
+
+    def test_close_does_not_wait(self):
+        """What has gathered is written."""
+        made = self.a_cache()
+        self.fill(made, range(1))
+        self.put(made, 1)
+        made.close(PATIENCE)
+        self.assertEqual(2, self.in_file())
+
+    def test_gathering_ends(self):
+        """After GATHER it is written by itself, and the next one, too."""
+        with mock.patch.object(cache, "GATHER", 0.01):
+            made = self.a_cache()
+            for number in range(3):
+                self.put(made, number)
+                self.wait_for_file(number + 1)
+
+    def test_the_writer_takes_no_more_than_its_share(self):
+        """After a write it rests for as long as its share demands, whatever comes; then what comes is dropped, and
+        counted. flush() and close() wait for no rest."""
+        self.enterContext(mock.patch.object(cache, "SHARE", 1e-9))
+        self.enterContext(mock.patch.object(cache, "BATCH", 5))
+        self.enterContext(mock.patch.object(cache, "MAX_WAITING", 20))
+        made = self.a_cache()  # with its first look at the file it has worked
+        for number in range(30):
+            self.put(made, number)
+        self.settle(made)
+        self.assertEqual((list(range(20)), 10), (self.found(made, *range(30)), made.dropped))
+        self.assertEqual(0, self.in_file())
+        self.assertTrue(made.flush(PATIENCE))
+        self.assertEqual(20, self.in_file())
+        for number in range(40, 45):
+            self.put(made, number)
+        self.settle(made)
+        self.assertEqual(20, self.in_file())
+        made.close(PATIENCE)
+        self.assertEqual(25, self.in_file())
+
+
 class Bounds(InFolder):
     def test_the_least_recently_used_make_room(self):
         """What was looked up stays, what was not goes, and the file stays near its bound."""
@@ -542,6 +723,24 @@ class Bounds(InFolder):
                 made.flush(PATIENCE)
                 (left,) = db.execute("SELECT count(*) FROM answers").fetchone()
         self.assertEqual([0], self.found(made, 0, 1000))
+
+    def test_the_bounds_may_change(self):
+        """A smaller size counts from the next write on, a shorter lifetime at once."""
+        made = self.a_cache()
+        self.fill(made, range(300), os.urandom(2000).hex())
+        made.limit(200_000, 3600)
+        self.fill(made, range(300, 301))
+        stats = made.stats()
+        assert stats is not None
+        self.assertLess(stats.entries, 100)
+        self.assertEqual([300], self.found(made, 300))
+        with closing(CacheFile(self.path, 5)) as file:
+            file.write([Row(key_of(1000), "fast-9b", time.time() - 90, "", b"{}")])
+        made.limit(200_000, 60)
+        with closing(sqlite3.connect(self.path)) as db:
+            query = "SELECT count(*) FROM answers WHERE key = ?"
+            wait_for(lambda: not db.execute(query, (key_of(1000),)).fetchone()[0], "its being deleted")
+        self.assertEqual([300], self.found(made, 300))
 
     def test_the_queue_is_bounded(self):
         """What comes while the writer is far behind is dropped and counted; nobody waits."""
@@ -789,6 +988,20 @@ class Trouble(InFolder):
         )
         self.assertEqual((0, ""), (done.returncode, done.stderr))
 
+    def test_off_is_seen_by_a_cache_that_nobody_uses(self):
+        """What was stored must not come out of it hours later, only because nobody asked in between."""
+        self.enterContext(mock.patch.object(cache, "LOOK_EVERY", 0.02))
+        self.enterContext(mock.patch.object(cache, "RETRY_AFTER", 0.02))
+        made = self.a_cache()
+        self.fill(made, range(1))
+        with redirect_stdout(io.StringIO()):
+            cache_cli.main(["off"], self.path)
+            wait_for(lambda: made.is_off, "its being seen")
+            self.assertEqual([], self.found(made, 0))
+            cache_cli.main(["on"], self.path)
+        wait_for(lambda: not made.is_off, "its end")
+        self.assertEqual([0], self.found(made, 0))
+
     def test_a_folder_that_comes_later(self):
         """A path through a file can't be; once it can, the cache works by itself."""
         Path(self.folder, "deep").write_text("in the way", encoding="utf-8")
@@ -919,6 +1132,88 @@ class Commands(InFolder):
 
 
 class Files(InFolder):
+    def test_any_number_of_rows(self):
+        """However many there are, each is written once, and each that was used is younger then."""
+        with closing(CacheFile(self.path, 5)) as file, closing(sqlite3.connect(self.path)) as db:
+            for count in (*range(8), 15, 16, 17, 37, 64, 100):
+                self.assertGreaterEqual(file.purge(), 0)
+                keys = [key_of(number) for number in range(count)]
+                file.write([Row(key, "m", 1000.0, "w", key * 2) for key in keys], max_size=10**9)
+                rows = db.execute("SELECT key, model, stored_at, used_at, warning, document FROM answers").fetchall()
+                self.assertEqual({(key, "m", 1000.0, 1000.0, "w", key * 2) for key in keys}, set(rows))
+                self.assertEqual(count, len(rows))
+                for used in (0, count // 2, count):
+                    file.write(used=keys[:used])
+                    fresh = db.execute("SELECT key FROM answers WHERE used_at > 1e9").fetchall()
+                    self.assertEqual({(key,) for key in keys[:used]}, set(fresh))
+
+    def test_what_a_model_has_is_right_whatever_happens(self):
+        """Rows that replace each other, in one write too, rows that make room, that expire, that are purged."""
+        with closing(CacheFile(self.path, 5)) as file, closing(sqlite3.connect(self.path)) as db:
+
+            def check() -> None:
+                query = "SELECT model, count(*), sum(size) FROM answers GROUP BY model"
+                known = {name: (each.entries, each.size) for name, each in file.stats().models.items() if each.entries}
+                self.assertEqual({name: tuple(rest) for name, *rest in db.execute(query)}, known)
+
+            twins = [b"a" * 8 + bytes(24), b"a" * 8 + bytes(23) + b"1"]
+            for models in (("a", "b"), ("b", "a"), ("c", "d"), ("d", "d")):
+                file.write([Row(key, model, 5.0, "", b"x" * 9) for key, model in zip(twins, models, strict=True)])
+                check()
+            self.assertEqual(1, file.stats().entries)
+            for start in range(0, 400, 100):
+                rows = [Row(key_of(n), "ab"[n % 2], 10.0 + n, "", os.urandom(2000)) for n in range(start, start + 100)]
+                file.write(rows, max_size=400_000)
+                check()
+            stats = file.stats()
+            self.assertEqual((408, 400 - stats.entries + 1), (stats.counts.stores, stats.counts.evictions))
+            self.assertGreater(stats.counts.evictions, 200)
+            file.expire(350.0)
+            check()
+            self.assertGreater(stats.entries, file.stats().entries)
+            self.assertGreater(file.purge("a"), 0)
+            check()
+            self.assertEqual(0, file.stats().models["a"].entries)
+
+    def test_counts_are_the_callers(self):
+        """What is given is only read: after a failure it is given again."""
+        given = {"m": Counts(hits=1)}
+        with closing(CacheFile(self.path, 5)) as file:
+            file.write([Row(key_of(1), "m", 1.0, "", b"x")], counts=given, max_size=1)
+            self.assertEqual({"m": Counts(hits=1)}, given)
+            self.assertEqual(Counts(hits=1, stores=1, evictions=1), file.stats().counts)
+
+    def test_a_flood_is_not_compressed(self):
+        """Beyond so many bytes in one write documents stay as they are; what is small always does."""
+        text = b"a text that would become smaller. " * 100
+        with closing(CacheFile(self.path, 5)) as file, closing(sqlite3.connect(self.path)) as db:
+            file.write([Row(key_of(number), "m", 1.0, "", text) for number in range(50)])
+            packed = [bool(row[0]) for row in db.execute("SELECT packed FROM answers ORDER BY id")]
+            first = -(-cache_file.COMPRESS_AT_ONCE // len(text))
+            self.assertEqual([True] * first + [False] * (50 - first), packed)
+            with closing(cache_file.Readers(self.path)) as readers:
+                self.assertEqual({text}, {found.document for n in range(50) if (found := readers.find(key_of(n)))})
+            file.write([Row(key_of(99), "m", 1.0, "", text[:1000]), Row(key_of(98), "m", 1.0, "", text)])
+            self.assertEqual([(0,), (1,)], db.execute("SELECT packed FROM answers WHERE id > 50").fetchall())
+
+    def test_a_file_of_the_first_version(self):
+        """Its answers go, as nothing would find them; what was counted stays, and it serves on."""
+        with closing(CacheFile(self.path, 5)), closing(sqlite3.connect(self.path, isolation_level=None)) as db:
+            for table in ("answers", "models"):
+                db.execute(f"DROP TABLE {table}")
+            cache_file.MIGRATIONS[0](db)
+            db.execute("PRAGMA user_version = 1")
+            values = (1, key_of(1), "m", 1, 1.0, 1.0, "", 0, b"x")
+            db.execute("INSERT INTO answers VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)", values)
+            db.execute("UPDATE models SET hits = 7, stores = 3")
+        made = self.a_cache()
+        stats = made.stats()
+        assert stats is not None
+        self.assertEqual((0, 0), (stats.entries, stats.models["m"].size))
+        self.assertEqual(Counts(hits=7, stores=3), stats.counts)
+        self.fill(made, range(3))
+        self.assertEqual([0, 1, 2], self.found(made, 0, 1, 2))
+
     def test_a_transaction_is_whole_or_not_at_all(self):
         """An error in the middle leaves nothing behind, and the file usable."""
         with closing(CacheFile(self.path, 5)) as file:
@@ -949,6 +1244,74 @@ class Files(InFolder):
         """Each says what is wrong with the file."""
         self.assertEqual("is odd", cache_file.describe(Unusable("is odd")))
         self.assertIn("No space", cache_file.describe(OSError(28, "No space left on device")))
+
+    def test_a_file_of_an_older_version_is_brought_up_to_date(self):
+        """Each step that it lacks is taken once, in order, and its answers stay; by whoever opens it first."""
+        with closing(CacheFile(self.path, 5)) as file:
+            file.write([Row(key_of(1), "m", 1.0, "w", b"x")])
+        taken: list[str] = []
+
+        def further(db: sqlite3.Connection) -> None:
+            db.execute("ALTER TABLE answers ADD COLUMN more TEXT NOT NULL DEFAULT ''")
+            taken.append("further")
+
+        def yet_further(db: sqlite3.Connection) -> None:
+            db.execute("CREATE TABLE more (id INTEGER PRIMARY KEY)")
+            taken.append("yet further")
+
+        steps = (*cache_file.MIGRATIONS, further, yet_further)
+        with mock.patch.object(cache_file, "MIGRATIONS", steps):
+            for _ in range(2):
+                CacheFile(self.path, 5).close()
+            self.assertEqual(["further", "yet further"], taken)
+            with closing(cache_file.Readers(self.path)) as readers:
+                self.assertEqual(("m", 1.0, "w", b"x"), readers.find(key_of(1)))
+        known = len(cache_file.MIGRATIONS)
+        with self.assertRaisesRegex(Unusable, f"format {known + 2}; this one knows {known}"):
+            CacheFile(self.path, 5)
+
+    def test_a_step_that_fails_changes_nothing(self):
+        """All of them are one transaction: the file stays what it was, and what it was can be used."""
+
+        def m002_half(db: sqlite3.Connection) -> None:
+            db.execute("CREATE TABLE half (a)")
+
+        def m003_broken(db: sqlite3.Connection) -> None:
+            db.execute("CREATE TABLE half (a)")
+
+        CacheFile(self.path, 5).close()
+        steps = (*cache_file.MIGRATIONS, m002_half, m003_broken)
+        with mock.patch.object(cache_file, "MIGRATIONS", steps), self.assertRaises(sqlite3.OperationalError):
+            CacheFile(self.path, 5)
+        with closing(CacheFile(self.path, 5)) as file:
+            file.write([Row(key_of(1), "m", 1.0, "", b"x")])
+            self.assertEqual(1, file.stats().entries)
+
+    def test_many_open_a_new_file_at_once(self):
+        """One of them makes the tables, and all can write."""
+        for number in range(20):
+            with self.subTest(number):
+                self.open_together(os.path.join(self.folder, f"{number}.sqlite3"))
+
+    def open_together(self, path: str) -> None:
+        go, failed = threading.Barrier(8), []
+
+        def write(number: int) -> None:
+            try:
+                go.wait(PATIENCE)
+                with closing(CacheFile(path, PATIENCE)) as file:
+                    file.write([Row(key_of(number), "m", 1.0, "", b"x")])
+            except Exception as exc:  # noqa: BLE001 - whatever it is, it is shown
+                failed.append(exc)
+
+        threads = [threading.Thread(target=write, args=(number,)) for number in range(8)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(PATIENCE)
+        self.assertEqual([], failed)
+        with closing(CacheFile(path, 5)) as file:
+            self.assertEqual(8, file.stats().entries)
 
     def test_migrations_are_numbered(self):
         """m001, m002, ...: a file's user_version counts them."""

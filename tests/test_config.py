@@ -160,6 +160,20 @@ class Values(unittest.TestCase):
         got = parsed(two + "default = true\n")
         self.assertIs(got.models["b"], got.resolve("flag:default"))
 
+    def test_the_flag_of_a_council(self) -> None:
+        """`ask --council` means the first one, unless another model has that flag; and the list of models says so."""
+        council = '[models.{}]\nkind = "council"\nmembers = ["a", "a"]\nchairman = "a"\n'
+        alone = BACKENDS + MODEL.format(name="a") + council.format("first") + council.format("second")
+        for more, meant in (("", "first"), ('flag = "council"\n', "second")):
+            got = parsed(alone + more)
+            self.assertIs(got.models[meant], got.resolve("flag:council"))
+            flags = {name: got.flag_of(model) for name, model in got.models.items()}
+            self.assertEqual({"a": "", "first": "", "second": ""} | {meant: "council"}, flags)
+        self.assertEqual(
+            "all", parsed(alone.replace("[models.second]", 'flag = "all"\n[models.second]')).models["first"].flag
+        )
+        self.assertIsNone(parsed(BACKENDS + MODEL.format(name="a")).resolve("flag:council"))
+
     def test_flags_that_clash(self) -> None:
         """A flag means one model, can't be an option of ask's own, and no name may look like one."""
         a, b = MODEL.format(name="a"), MODEL.format(name="b")

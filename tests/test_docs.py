@@ -42,6 +42,32 @@ class ReferenceTest(unittest.TestCase):
             if status.isdigit():
                 self.assertEqual(FAILURES[reason].status, int(status), reason)
 
+    def test_every_consequence(self):
+        """What the table says of fallback and cooldown is what errors.FAILURES does."""
+        falls = {
+            "yes": "yes",
+            "yes, once": "once",
+            "no": "no",
+            "only behind another backend": "other_backend",
+            "only with a larger window": "larger_window",
+        }
+        cools = {
+            "no": "no",
+            "": "no",
+            "short, after repeated failures": "short",
+            "after repeated failures": "count",
+            "as Retry-After says": "told",
+            "long, at once": "long",
+        }
+        form = r"^\| `([a-z_]+)` \|[^|]*\| ?([^|]*) \| ?([^|]*?) ?\|[^|]*\|$"
+        rows = re.findall(form, section("Reasons"), re.MULTILINE)
+        self.assertEqual(len(FAILURES), len(rows))
+        for reason, next_one, cooldown in rows:
+            with self.subTest(reason):
+                if reason not in ("idle_timeout", "stream_broken"):  # after a stream's content nothing falls back
+                    self.assertEqual(FAILURES[reason].falls_back, falls[next_one])
+                self.assertEqual(FAILURES[reason].cools, cools[cooldown])
+
     def test_every_code_of_our_own(self):
         """Each code that an error of Portway's own carries is listed."""
         codes = {code for text in SOURCE.values() for code in re.findall(r'\bcode="([a-z_]+)"', text)}

@@ -15,11 +15,12 @@ from typing import Any, ClassVar
 
 from portway import config
 from portway.commands import residency as residency_cli
-from portway.errors import BackendError, ClientError
+from portway.errors import ClientError, PortwayError
 from portway.memory import api as residency_api
 from portway.memory.arbiter import Shape
 from portway.memory.residency import Residency
 from portway.memory.resident import Known, shape_of
+from portway.standin.server import StandInModel
 from portway.watch import NoClient
 from tests.llama_server import wait_for
 from tests.test_residency import GB, SOON, Served, post
@@ -62,6 +63,17 @@ class PolicyTest(Served):
                 self.check()
                 self.assertNotIn("/api/chat", self.paths(backend)[before:])
         self.assertEqual(0, self.memory.stats().reloads)
+
+    def test_while_it_is_used(self) -> None:
+        """Its keep_alive counts from the end of its use, so until then nothing is to be corrected."""
+        self.ask("a")
+        self.told("one", "a", "24h")
+        with self.place("a"):
+            before = len(self.paths("one"))
+            self.check()
+            self.assertNotIn("/api/chat", self.paths("one")[before:])
+        self.check()
+        self.assertIn("/api/chat", self.paths("one")[before:])
 
     def test_about_to_go(self) -> None:
         """One that is about to go is let go: by the time it is told, it might have to be loaded again."""
@@ -126,6 +138,32 @@ class PolicyTest(Served):
         self.assertEqual({"embed"}, self.in_memory())
         self.assertTrue(self.residency.unload(model, NoClient(), time.monotonic() + SOON))
         self.assertEqual(set(), self.in_memory())
+
+
+class SurplusTest(Served):
+    """A model that takes more than is said of it."""
+
+    models: ClassVar = {"a": 'keep_alive = "5m"\nsize = "6GB"'}
+
+    def model(self, name: str, size: float) -> StandInModel:
+        return super().model(name, 10.5 if name == "a" else size)
+
+    def test_an_estimate_that_was_too_low(self) -> None:
+        """What is idle goes when more was taken than the budget, at last the one that took it; it is told, and
+        refused from then on, with what it took."""
+        self.ask("embed", load=True)
+        with self.place("a") as place:
+            self.residency.load(self.config.models["a"], NoClient(), time.monotonic() + SOON)
+            place.began()
+            self.settle()
+            self.residency.check()
+            self.assertEqual({"a"}, self.in_memory())  # it is in use
+        self.residency.check()
+        self.assertEqual(set(), self.in_memory())
+        names = ("embed:latest", "a:latest")
+        self.assertEqual([f"unloaded {name}, as memory.budget is exceeded" for name in names], self.said)
+        error = self.refused("does_not_fit", "a")
+        self.assertEqual("a needs 10.5 GB, as measured; the budget is 10.0 GB", error.message)
 
 
 class PreloadTest(Served):
@@ -195,7 +233,11 @@ class PeopleTest(Served):
             self.assertRegex(out, r"\na +a:latest +one +6\.[01] GB +512 +loaded +0 +5m\n$")
             _, out, _ = self.run_command(parsed, "models")
             self.assertRegex(out, r"\ngiant +giant +two +~20\.\d GB +yes +no +no +no\n")
-            self.assertEqual((1, ""), self.run_command(parsed, "load", "giant")[:2])
+            status, out, err = self.run_command(parsed, "load", "giant")
+            self.assertEqual((1, ""), (status, out))
+            self.assertRegex(
+                err, r"^portway load: giant needs .*; the budget is 10\.0 GB\. Way out: ask a smaller model"
+            )
             self.assertEqual((0, "a: unloaded\n"), self.run_command(parsed, "unload", "a")[:2])
             self.assertEqual(2, self.run_command(parsed, "load")[0])
             self.assertEqual(2, self.run_command(parsed, "ps", "now")[0])
@@ -227,7 +269,7 @@ class Api:
                 status = 200
                 try:
                     said = run()
-                except (BackendError, ClientError) as exc:
+                except PortwayError as exc:
                     status, said = exc.status, exc.envelope()
                 content = json.dumps(said).encode()
                 self.send_response(status)

@@ -25,6 +25,7 @@ from portway.call import Attempt
 from portway.commands import stats
 from portway.errors import BackendError, ClientError
 from portway.telemetry import Log, LogFile, Price, Record, is_local, line, log_path, old_files
+from tests.llama_server import wait_for
 
 ROOT = Path(__file__).resolve().parent.parent
 PATIENCE = 20.0  # seconds a test waits for what should come at once
@@ -204,6 +205,7 @@ class Lines(unittest.TestCase):
             (0.45, {"host": "127.0.0.1"}),
             (0.45, {"host": "api.openai.com", "cache_hit": True}),
             (0.0, {"host": "api.openai.com"}),
+            (0.0, {"host": ""}),
             (0.0, {"host": "127.0.0.1", "status": 502}),
         ):
             with self.subTest(fields=fields):
@@ -223,13 +225,38 @@ class Lines(unittest.TestCase):
         self.assertIsNone(self.line(load_s=math.inf)["load_s"])
         self.assertIsNone(self.line(queue_s=math.nan)["queue_s"])
 
+    def test_sizes_of_a_stored_answer(self):
+        """As it has them; what a server sent for a number that is none is not known."""
+        choice = {"message": {"content": "four"}}
+        usage: Any
+        for usage, counts in (({"prompt_tokens": 3, "completion_tokens": 4}, (3, 4)), (None, (None, None))):
+            document = json.dumps({"choices": [choice], "usage": usage}).encode()
+            found = self.line(document=document, cache_hit=True)
+            self.assertEqual(
+                (*counts, 4), tuple(found[name] for name in ("prompt_tokens", "completion_tokens", "response_chars"))
+            )
+        usage = {"prompt_tokens": "3", "completion_tokens": [4]}
+        self.assertIsNone(self.line(document=json.dumps({"usage": usage}).encode(), cache_hit=True)["prompt_tokens"])
+
+    def test_any_depth_and_length_of_a_prompt(self):
+        """The hash is of each text and a zero byte, in the order sent, also of texts that are hashed by themselves."""
+        long = "\u00e9" * 10_000
+        parts = [{"type": "text", "text": long}, {"type": "text", "text": "b", "x": [[True, None, 2.5]]}]
+        messages = [{"role": "user", "content": "a"}, {"role": "user", "content": parts}]
+        texts = ["user", "a", "user", "text", long, "text", "b", "True", "2.5", long]
+        expected = hashlib.sha256("".join(f"{text}\0" for text in texts).encode()).hexdigest()[:16]
+        found = self.line(body={"input": long, "messages": messages})
+        self.assertEqual((expected, 20_002), (found["prompt_hash"], found["prompt_chars"]))
+
     def test_served_takes_what_the_backend_counted(self):
         """From a Served, as routing makes them."""
         tally = SimpleNamespace(
             load_s=1.0, decode_s=2.0, prompt_tokens=3, completion_tokens=4, content_chars=5, truncated=True
         )
         model = SimpleNamespace(name="fast-1b", backend=SimpleNamespace(host="127.0.0.1"))
-        served: Any = SimpleNamespace(model=model, answer=SimpleNamespace(tally=tally), attempts=[], queued=0.5)
+        served: Any = SimpleNamespace(
+            model=model, answer=SimpleNamespace(tally=tally), attempts=[], queued=0.5, hosts=("127.0.0.1",)
+        )
         call: Any = SimpleNamespace(
             model=SimpleNamespace(name="fast-9b"), endpoint="chat", id="chatcmpl-1", stream=True, body={}, raw=b"{}"
         )
@@ -334,22 +361,59 @@ class Queue(InAFolder):
         """Beyond that a line goes without its hash; what has been written makes room again."""
         body = {"prompt": "x"}
         log = self.log()
+        self.enterContext(mock.patch.object(telemetry, "MAX_AT_ONCE", 99))
         with mock.patch.object(telemetry, "MAX_WAITING_BYTES", 100):
             log.record(a_record(1, body=body, size=101))
             log.record(a_record(2, body=body, size=100))
             while not log.written:
                 self.assertTrue(log._writer.is_alive())
-            log.record(a_record(3, body=body, size=100))
-            log.close(PATIENCE)
+            with mock.patch.object(telemetry, "GATHER", 10_000.0):
+                log.record(a_record(3, body=body, size=100))
+                log.record(a_record(4, body=body, size=100))
+                log.close(PATIENCE)
         hashed = {found["id"]: found["prompt_hash"] is not None for found in lines_of(self.path)}
-        self.assertEqual(hashed, {"r1": False, "r2": True, "r3": True})
+        self.assertEqual(hashed, {"r1": False, "r2": True, "r3": True, "r4": False})
 
     def test_a_body_is_let_go(self):
-        """The record that its daemon may still hold keeps no prompt."""
-        log, record = self.log(), a_record(body={"prompt": "x"}, size=10)
-        log.record(record)
+        """The record that its daemon may still hold keeps no prompt: a short one not for a moment."""
+        log = self.log()
+        short, long = (a_record(body={"prompt": "x"}, size=size, document=b"{}") for size in (10, 100_000))
+        log.record(short)
+        self.assertEqual((None, b""), (short.body, short.document))
+        log.record(long)
         log.close(PATIENCE)
-        self.assertIsNone(record.body)
+        self.assertEqual((None, b""), (long.body, long.document))
+
+    def test_long_and_short_ones_keep_their_order(self):
+        """Whether the line was made at once or is made by the writer."""
+        log = self.log()
+        for number in range(200):
+            log.record(a_record(number, body={"prompt": "x"}, size=number % 3 * telemetry.MAX_AT_ONCE))
+        log.close(PATIENCE)
+        lines = lines_of(self.path)
+        self.assertEqual([f"r{number}" for number in range(200)], [found["id"] for found in lines])
+        self.assertEqual(1, len({found["prompt_hash"] for found in lines}))
+
+    def test_lines_gather(self):
+        """The writer wakes for the first one, and writes those that come meanwhile with it; close() waits for none."""
+        sizes: list[int] = []
+        written = threading.Event()
+
+        def write(file: int, data: bytes) -> int:
+            sizes.append(data.count(b"\n"))
+            written.set()
+            return os.write(file, data)
+
+        with mock.patch.object(telemetry, "GATHER", 0.2):
+            log = self.log(write=write)
+            for number in range(100):
+                log.record(a_record(number))
+            self.assertTrue(written.wait(PATIENCE))
+            with mock.patch.object(telemetry, "GATHER", 10_000.0):
+                for number in range(100):
+                    log.record(a_record(number))
+                self.assertTrue(log.close(PATIENCE))
+        self.assertEqual((200, True), (sum(sizes), len(sizes) < 20), sizes)
 
     def test_the_price_may_change(self):
         """From the next line on."""
@@ -393,6 +457,25 @@ class Trouble(InAFolder):
         log.close(PATIENCE)
         self.assertEqual((len(self.said), log.problem, log.dropped), (2, None, 0))
         self.assertEqual([found["id"] for found in lines_of(self.path)], ["r1", "r2"])
+
+    def test_a_full_disk_for_stderr_as_well(self):
+        """What can't be said is not said; the log goes on all the same."""
+        write, healed = self.failing(28)
+        refused = threading.Event()
+
+        def refuse(*_: object) -> None:
+            refused.set()
+            raise OSError(28, "No space left on device")
+
+        with mock.patch("sys.stderr", SimpleNamespace(write=refuse, flush=refuse)):
+            log = Log(self.path, retry_after=0.01, write=write)
+            log.record(a_record(1))
+            self.assertTrue(refused.wait(PATIENCE))
+            healed.set()
+            wait_for(lambda: log.written == 1, "the line's being written")
+            log.record(a_record(2))
+            self.assertTrue(log.close(PATIENCE))
+        self.assertEqual((2, 0, None), (log.written, log.dropped, log.problem))
 
     def test_a_file_where_the_folder_should_be(self):
         """The same as a folder that can't be written, which root always can: said, then used once it is there."""

@@ -88,7 +88,11 @@ _REQUEST_PHRASES = (
 # A chat template that these messages break: the same messages will break it again.
 _TEMPLATE_PHRASES = ("jinja", "chat template", "chat_template", "roles must alternate", "apply template", "template: :")
 
-_NO_MODEL = re.compile(r"model .*(not found|not exist)|no such model|model_not_found")
+_NO_MODEL = re.compile(
+    r"model .*(not found|not exist)|no such model|model_not_found"
+    r"|no router for (requested )?model|no router found for model|no peer model found"  # llama-swap
+    r"|could not find (real modelid|suitable inference handler) for"  # llama-swap until 2026
+)
 
 
 def classify(

@@ -25,8 +25,12 @@ LIFETIME = 30 * 86_400.0  # seconds
 MAX_SIZE = 512 * 1024 * 1024  # bytes of the file
 MAX_WAITING = 1000  # answers that may wait for the writer ...
 MAX_WAITING_BYTES = 32 * 1024 * 1024  # ... and their bytes; what comes on top is dropped and counted
+GATHER = 0.05  # seconds the writer lets answers gather; a kill -9 costs what came in the meantime ...
+BATCH = 256  # ... unless there are so many
+SHARE = 0.15  # of one processor, which the writer takes at most; a flood fills the queue, and its rest is dropped
 MAX_USED = 10_000  # keys whose use is remembered until the next write
 NOTES_DELAY = 5.0  # seconds after which uses and counts are written when no answer is
+LOOK_EVERY = 15.0  # seconds between two looks whether the file is still there and not turned off; `off` promises 30
 EXPIRE_EVERY = 600.0  # seconds
 EXPIRE_STEP = 0.05  # seconds between two steps of one expiry, so that it never hogs the processor
 RETRY_AFTER = 1.0  # seconds until a file that could not be used is tried again; doubled up to ...
@@ -66,7 +70,7 @@ class _Waiting:
     """An answer that is not written yet. Its document is made by whoever needs it first: mostly the
     writer, so that no request pays for it."""
 
-    __slots__ = ("_entry", "_make", "_model", "_stored_at", "_warning", "size")
+    __slots__ = ("_document", "_make", "_model", "_stored_at", "_warning", "size")
 
     def __init__(self, make: MakeDocument, model: str, size: int, warning: str) -> None:
         self.size = size
@@ -74,17 +78,25 @@ class _Waiting:
         self._model = model
         self._stored_at = time.time()
         self._warning = warning
-        self._entry: Entry | None = None
+        self._document: bytes | None = None
 
     def entry(self) -> Entry | None:
-        """None if the answer is not to be kept. Two threads may both make it: they make the same."""
+        """As `get` gives it; None if the answer is not to be kept."""
+        document = self.document()
+        return None if document is None else Entry(document, self._model, self._stored_at, self._warning)
+
+    def row(self, key: bytes) -> Row | None:
+        """As the file has it; likewise."""
+        document = self.document()
+        return None if document is None else Row(key, self._model, self._stored_at, self._warning, document)
+
+    def document(self) -> bytes | None:
+        """Likewise. Two threads may both make it: they make the same."""
         make = self._make
         if make is not None:
-            document = _made(make)
-            if document is not None:
-                self._entry = Entry(document, self._model, self._stored_at, self._warning)
+            self._document = _made(make)
             self._make = None
-        return self._entry
+        return self._document
 
 
 def _made(make: MakeDocument) -> bytes | None:
@@ -99,7 +111,7 @@ class _Work:
     """What the writer takes along at once."""
 
     answers: dict[bytes, _Waiting]
-    used: dict[bytes, float]
+    used: set[bytes]
     counts: dict[str, Counts]
 
 
@@ -122,15 +134,19 @@ class Cache:
         self._lifetime = lifetime
         self._say = say or stderr.say
         self.notice = ""  # what has happened to the file though it works now; "" = nothing
-        self._changed = threading.Condition()  # its lock guards everything down to the blank line
+        self._lock = threading.Lock()  # guards everything down to the blank line; held for microseconds only
+        self._changed = threading.Condition(self._lock)
         self._answers: dict[bytes, _Waiting] = {}
         self._bytes = 0  # of the answers that wait
-        self._used: dict[bytes, float] = {}
+        self._gathered_at = 0.0  # time.monotonic() until when more answers are waited for
+        self._used: set[bytes] = set()
         self._counts: dict[str, Counts] = {}
         self._notes_due: float | None = None  # time.monotonic(); None = nothing noted
         self._puts = 0
         self._dropped = 0
         self._busy = True  # the writer is at work, or has not begun
+        self._idle = False  # the writer waits for an answer, and has to be told of one
+        self._hurry = False  # somebody waits for what there is to be written
         self._closing = False
         self._accepts = True
         self._readers: Readers | None = None  # None = the file can't be used now
@@ -141,7 +157,9 @@ class Cache:
         self._file: CacheFile | None = None  # this and the rest belong to the writer
         self._failures = 0  # in a row
         self._retry_at = 0.0
+        self._rests_until = 0.0  # time.monotonic() before which the writer would take more than its share
         self._expire_at = 0.0
+        self._look_at = 0.0
         self._writer = threading.Thread(target=self._run, name="portway-cache", daemon=True)
         self._writer.start()
 
@@ -167,17 +185,41 @@ class Cache:
         """How many answers were not stored because the writer was too far behind."""
         return self._dropped
 
+    def limit(self, max_size: int, lifetime: float) -> None:
+        """Go by other bounds from the next write on."""
+        with self._changed:
+            self._max_size, self._lifetime = max_size, lifetime
+            self._expire_at = 0.0
+            self._changed.notify_all()
+
     def get(self, key: bytes, model: str, max_age: float | None = None, *, count: bool = True) -> Entry | None:
         """The entry, if there is one that is no older than max_age seconds (None = any age).
 
-        model: the logical name that was asked for, under which the look-up is counted.
+        model: the logical name that was asked for, under which the look-up is counted. count: False = the
+        caller does that.
         """
         entry = self._waiting_entry(key) or self._stored_entry(key)
         if entry is not None and max_age is not None and entry.age() > max_age:
             entry = None
         if count:
-            self._note(key, model, entry is not None)
+            self.count(key, model, hit=entry is not None)
         return entry
+
+    def count(self, key: bytes, model: str, *, hit: bool) -> None:
+        """Count a look-up, as `get` does it by itself: for who learns only later whether it was a hit."""
+        with self._changed:
+            if self._readers is None:
+                return
+            counts = self._counts.get(model) or self._counts.setdefault(model, Counts())
+            if hit:
+                counts.hits += 1
+                if len(self._used) < MAX_USED:
+                    self._used.add(key)
+            else:
+                counts.misses += 1
+            if self._notes_due is None:
+                self._notes_due = time.monotonic() + NOTES_DELAY
+                self._changed.notify_all()
 
     def put(self, key: bytes, make: MakeDocument, *, model: str, size: int, warning: str = "") -> None:
         """Hand an answer in: `get` finds it at once, the file has it soon after.
@@ -186,7 +228,7 @@ class Cache:
         clean_stream). model: who answered. size: bytes that `make` holds on to.
         """
         waiting = _Waiting(make, model, size, warning)
-        with self._changed:
+        with self._lock:
             self._puts += 1
             before = self._answers.get(key)
             total = self._bytes + size - (before.size if before else 0)
@@ -194,9 +236,13 @@ class Cache:
             if full or not self._accepts or size > self._max_size // LARGEST_SHARE:
                 self._dropped += 1
                 return
+            if not self._answers:
+                self._gathered_at = time.monotonic() + GATHER
             self._answers[key] = waiting
             self._bytes = total
-            self._changed.notify_all()
+            if self._idle or len(self._answers) == BATCH:
+                self._idle = False
+                self._changed.notify_all()
 
     def _waiting_entry(self, key: bytes) -> Entry | None:
         waiting = self._answers.get(key)  # no lock: one look at a dict
@@ -227,21 +273,6 @@ class Cache:
                 self._changed.notify_all()
         readers.close()
 
-    def _note(self, key: bytes, model: str, hit: bool) -> None:
-        with self._changed:
-            if self._readers is None:
-                return
-            counts = self._counts.get(model) or self._counts.setdefault(model, Counts())
-            if hit:
-                counts.hits += 1
-                if len(self._used) < MAX_USED:
-                    self._used[key] = time.time()
-            else:
-                counts.misses += 1
-            if self._notes_due is None:
-                self._notes_due = time.monotonic() + NOTES_DELAY
-                self._changed.notify_all()
-
     # for the commands, the tests and the end
 
     def stats(self) -> Stats | None:
@@ -266,6 +297,7 @@ class Cache:
         `timeout` seconds."""
         with self._changed:
             self._notes_due = time.monotonic()
+            self._hurry = True
             self._changed.notify_all()
             return self._changed.wait_for(self._is_idle, timeout)
 
@@ -295,25 +327,34 @@ class Cache:
             self._busy = False
             self._changed.notify_all()
             while not self._closing and (left := self._due() - time.monotonic()) > 0:
+                self._idle = not self._answers
                 self._changed.wait(left)
-            self._busy = True
+            self._busy, self._idle = True, False
             can_write = self._file is not None or not self._failures
             return not self._closing or (can_write and bool(self._answers or self._used or self._counts))
 
     def _due(self) -> float:
+        """time.monotonic() at which there is something to do."""
         if self._file is None:
             return self._retry_at
-        if self._answers:
+        if self._hurry:
             return 0.0
-        return self._expire_at if self._notes_due is None else min(self._expire_at, self._notes_due)
+        due = min(self._expire_at, self._look_at)
+        if self._notes_due is not None:
+            due = min(due, self._notes_due)
+        if self._answers:
+            due = 0.0 if len(self._answers) >= BATCH else min(due, self._gathered_at)
+        return max(due, self._rests_until)
 
     def _work(self) -> None:
         """One go at everything there is to do. After a failure all of it is there for the next one."""
+        begun, busy = time.monotonic(), time.thread_time()
         work = self._take()
+        self._look_at = time.monotonic() + LOOK_EVERY
         try:
             file = self._opened()
-            rows = [row for key, waiting in work.answers.items() if (row := _row(key, waiting.entry()))]
-            if rows or work.used or work.counts:
+            rows = (row for key, waiting in work.answers.items() if (row := waiting.row(key)))
+            if work.answers or work.used or work.counts:
                 file.write(rows, work.used, work.counts, self._max_size)
             self._expire(file)
         except (sqlite3.Error, OSError, Unusable) as exc:
@@ -321,17 +362,18 @@ class Cache:
             self._failed(exc)
         else:
             self._succeeded(work)
+        self._rests_until = begun + (time.thread_time() - busy) / SHARE
 
     def _take(self) -> _Work:
         """The answers stay where `get` finds them until they are written."""
         with self._changed:
             work = _Work(dict(self._answers), self._used, self._counts)
-            self._used, self._counts, self._notes_due = {}, {}, None
+            self._used, self._counts, self._notes_due, self._hurry = set(), {}, None, False
             return work
 
     def _give_back(self, work: _Work) -> None:
         with self._changed:
-            self._used = {**work.used, **self._used}
+            self._used |= work.used
             for model, counts in work.counts.items():
                 self._counts.setdefault(model, Counts()).add(counts)
             if self._used or self._counts:
@@ -422,7 +464,3 @@ class Cache:
             self._forget()
             self._busy = False
             self._changed.notify_all()
-
-
-def _row(key: bytes, entry: Entry | None) -> Row | None:
-    return Row(key, entry.served_by, entry.stored_at, entry.warning, entry.document) if entry else None

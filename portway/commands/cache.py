@@ -22,7 +22,7 @@ FAILED = 1
 USAGE = 2
 
 HELP = """\
-usage: portway cache
+usage: portway cache [--config FILE]
        portway cache purge [--model NAME] [--older-than AGE]
        portway cache off | on
 
@@ -37,6 +37,7 @@ often they were wanted, and how old the oldest one is.
 Options:
   --model NAME      only this logical model's answers
   --older-than AGE  only those stored longer ago: 90s, 45m, 12h, 7d, 2w
+  --config FILE     the configuration that says where the cache is
 
 For one model alone the configuration says it: cache = "off" under
 [models.NAME]. For one request the client does: Cache-Control: no-cache asks

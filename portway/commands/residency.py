@@ -30,35 +30,47 @@ BAR = 40  # characters
 
 HELP: Mapping[str, str] = {
     "ps": """\
-usage: portway ps [--json]
+usage: portway ps [--config FILE] [--json]
 
 What is loaded where, how much memory it takes, until when it stays and how many
 requests use it; what waits; and the budget as a bar. Asks the running Portway,
 which asks its backends. Loads and wakes nothing.
 
 Options:
-  --json  print what the daemon said, for programs
+  --config FILE  the configuration of the Portway that is asked; `portway --help`
+                 says what is read without it
+  --json         print what the daemon said, for programs
 """,
     "models": """\
-usage: portway models [--json]
+usage: portway models [--config FILE] [--json]
 
 Every name, the model behind it, what it takes in memory (~ estimated, until it
 was loaded once), whether the backend has it, and whether it fits into memory:
 alone, and beside the model that `ask` means without a flag.
 
 Options:
-  --json  print what the daemon said, for programs
+  --config FILE  the configuration of the Portway that is asked; `portway --help`
+                 says what is read without it
+  --json         print what the daemon said, for programs
 """,
     "load": """\
-usage: portway load NAME
+usage: portway load [--config FILE] NAME
 
 Loads a model and returns once it is there. Makes room as a request would: idle
 models go, one in use is waited for. It stays as long as its keep_alive says.
+
+Options:
+  --config FILE  the configuration of the Portway that is asked; `portway --help`
+                 says what is read without it
 """,
     "unload": """\
-usage: portway unload NAME
+usage: portway unload [--config FILE] NAME
 
 Unloads a model, unless a request uses it.
+
+Options:
+  --config FILE  the configuration of the Portway that is asked; `portway --help`
+                 says what is read without it
 """,
 }
 
