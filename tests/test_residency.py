@@ -10,6 +10,7 @@ import time
 import unittest
 import urllib.request
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any, ClassVar
 from unittest import mock
 
@@ -706,6 +707,31 @@ class ThreadsTest(Served):
         for _ in range(3):
             self.residency.refresh(NoClient())
         self.assertEqual(1, self.paths("one").count("/api/ps"))
+
+    def test_a_backend_that_goes_while_it_is_asked(self) -> None:
+        """What is no longer configured leaves nothing behind."""
+        engine, look = self.residency._engines["one"], self.residency._engines["one"].look
+        now = self.config
+        left = replace(now, backends={"two": now.backends["two"]}, models={"c": now.models["c"]})
+
+        def then(*words: Any) -> Any:
+            seen = look(*words)
+            self.residency.adopt(left)
+            return seen
+
+        self.ask("a")
+        self.settle()
+        self.residency._hearing["one"].looked_at = -math.inf
+        with mock.patch.object(engine, "look", then):
+            self.residency.refresh(NoClient())
+        self.assertEqual({}, self.known())
+
+    def test_what_it_has_is_listed_once(self) -> None:
+        """Which weights a name stands for is asked for once, and not at each look."""
+        for _ in range(3):
+            self.residency._hearing["one"].looked_at = -math.inf
+            self.residency.refresh(NoClient())
+        self.assertEqual((1, 3), tuple(map(self.paths("one").count, ("/api/tags", "/api/ps"))))
 
     def test_a_server_that_does_not_answer(self) -> None:
         """A request waits only a moment for what it has loaded, and goes on."""
