@@ -59,6 +59,7 @@ enabled = false
 kind = "ollama"
 url = "{url}"
 """
+PATIENT = SERVER.replace("header_timeout = 0.2\nbody_timeout = 0.2\n", "")  # for requests that are slow on purpose
 FIELDS = {
     "ts", "id", "client", "endpoint", "model", "served_by", "local", "stream", "status", "exit_code", "error",
     "cache_hit", "demoted", "attempts", "prompt_hash", "prompt_chars", "response_chars", "prompt_tokens",
@@ -386,6 +387,7 @@ class Cancelled(LogCase):
 
     def test_while_it_sent_its_request(self) -> None:
         """In the middle of its head or its body, whether the daemon was reading or had parked it."""
+        self.daemon.use(PATIENT.format(url=self.backend.url, key=KEY) + MODELS)
         head = f"POST {CHAT} HTTP/1.1\r\nHost: 127.0.0.1\r\n"
         rows = [(head, None), (f"{head}Content-Length: 99\r\n\r\n{{", CHAT)]
         rows += [(f"{text.replace('99', '98')}", endpoint) for text, endpoint in rows]
@@ -394,7 +396,7 @@ class Cancelled(LogCase):
                 with self.daemon.client() as client:
                     client.send(text.encode())
                     if number > 1:
-                        wait_for(lambda: any(each._began for each in self.daemon.parked.values()), "its parking")
+                        wait_for(lambda: any(each._began for each in list(self.daemon.parked.values())), "its parking")
                 line = self.line()
                 self.assert_says(line, cancelled_in="request", status=499, exit_code=4, error=None, endpoint=endpoint)
 
@@ -440,9 +442,9 @@ class Ended(LogCase):
     def test_half_a_request_when_the_daemon_stops(self) -> None:
         """It is told, and written down."""
         with self.daemon.client() as client:
-            self.daemon.use(SERVER.format(url=self.backend.url, key=KEY).replace("header_timeout = 0.2", "") + MODELS)
+            self.daemon.use(PATIENT.format(url=self.backend.url, key=KEY) + MODELS)
             client.send(f"POST {CHAT} HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Length: 99\r\n\r\n{{".encode())
-            wait_for(lambda: any(each._began for each in self.daemon.parked.values()), "its parking")
+            wait_for(lambda: any(each._began for each in list(self.daemon.parked.values())), "its parking")
             self.daemon.stop()
             answer = client.response()
             self.assertEqual((503, "stopping"), (answer.status, answer.json["error"]["code"]))
@@ -450,10 +452,10 @@ class Ended(LogCase):
 
     def test_half_a_request_that_makes_room(self) -> None:
         """When there are more connections than there may be."""
-        server = SERVER.format(url=self.backend.url, key=KEY).replace("header_timeout = 0.2", "max_connections = 3")
+        server = PATIENT.format(url=self.backend.url, key=KEY).replace("[server]", "[server]\nmax_connections = 3")
         with Daemon(server + MODELS, log=self.log) as daemon, daemon.client() as client, ExitStack() as others:
             client.send(b"POST ")
-            wait_for(lambda: any(each._began for each in daemon.parked.values()), "its parking")
+            wait_for(lambda: any(each._began for each in list(daemon.parked.values())), "its parking")
             for _ in range(3):
                 others.enter_context(daemon.client()).call("GET", "/health")
             self.assertEqual(408, client.response().status)
