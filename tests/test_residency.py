@@ -901,13 +901,8 @@ class WarmTest(Served):
             self.assertTrue(place.wish.loads)
 
 
-class RouterTest(Served):
+class Routed(Served):
     """The router takes a place for each attempt."""
-
-    models: ClassVar = {
-        "giant": 'fallback = ["a"]',
-        "a": 'prefer_warm = true\nfallback = ["c"]\ntimeouts = { first_token = 5 }',
-    }
 
     def serve(self, name: str) -> Answered:
         backends = {name: OllamaBackend(backend) for name, backend in self.config.backends.items()}
@@ -918,6 +913,13 @@ class RouterTest(Served):
 
     def attempts(self, served: Answered) -> list[tuple[str, str]]:
         return [(attempt.model, attempt.reason) for attempt in served.attempts]
+
+
+class RouterTest(Routed):
+    models: ClassVar = {
+        "giant": 'fallback = ["a"]',
+        "a": 'prefer_warm = true\nfallback = ["c"]\ntimeouts = { first_token = 5 }',
+    }
 
     def test_it_falls_back(self) -> None:
         """What can't fit is skipped at once, and the next one answers."""
@@ -939,6 +941,25 @@ class RouterTest(Served):
         self.await_waiting(1)
         self.assertEqual({"b"}, self.in_memory())
         close(served.answer)
+        self.assertIn(b"[DONE]", waiting.outcome())
+
+
+class FullTest(Routed):
+    """A backend whose queue is full, in a chain, where there is memory for all."""
+
+    memory_options = 'budget = "40GB"\n'
+    backends: ClassVar = {"one": "max_parallel = 1\nmax_queue = 1"}
+    models: ClassVar = {"b": 'fallback = ["c"]'}
+
+    def test_it_goes_down_the_chain(self) -> None:
+        """Whoever would wait behind too many is served by the next member, and what was tried says so."""
+        with self.place("b") as place:
+            place.began()
+            waiting = self.in_thread("b")
+            self.await_waiting(1)
+            served = self.serve("b")
+            self.assertEqual([("b", "queue_full"), ("c", "ok")], self.attempts(served))
+            served.answer.close()
         self.assertIn(b"[DONE]", waiting.outcome())
 
 
