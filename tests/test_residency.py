@@ -959,7 +959,7 @@ class FullTest(Routed):
             self.await_waiting(1)
             served = self.serve("b")
             self.assertEqual([("b", "queue_full"), ("c", "ok")], self.attempts(served))
-            served.answer.close()
+            finish(served.answer.close())
         self.assertIn(b"[DONE]", waiting.outcome())
 
 
