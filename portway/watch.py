@@ -116,12 +116,13 @@ class ClientWatch:
             raise ClientGone
 
     async def _wait(self, sock: socket.socket | None, events: int, until: float) -> bool:
+        task = self._task
         started = time.monotonic()
         try:
             while True:
-                wake = min(until, self._beat_at) if self._beat is not None else until
-                if self._task is not None and self._task.on_loop:
-                    ready = await self._task.wait(sock, events, wake)
+                wake = until if self._beat is None or until < self._beat_at else self._beat_at
+                if task is not None and task.on_loop:
+                    ready = await task.wait(sock, events, wake)
                 else:
                     ready = self._poll(sock, events, wake)
                 if ready:

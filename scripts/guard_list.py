@@ -60,6 +60,15 @@ _BROWSERS = (
         (_FRAMING,),
     ),
     Guard(
+        "who was let in before a reload is looked at anew",
+        _in(
+            "proxy.py",
+            "_build(config)\n        self.heads = self._fresh_heads()\n        adjust",
+            "_build(config)\n        adjust",
+        ),
+        ("tests.test_attacks_web.ReloadTest",),
+    ),
+    Guard(
         "a foreign Origin is refused",
         _in("guards.py", "is_own = origin is None or", "is_own = True or"),
         (f"{_WEB}test_web_pages",),
@@ -209,17 +218,17 @@ _LOADS = (
     ),
     Guard(
         "a body has its time",
-        _in("proxy.py", "self.expires = now + config.body_timeout", "self.expires = now + 1e9"),
+        _in("proxy.py", "self.expires = self.began + config.body_timeout", "self.expires = self.began + 1e9"),
         (f"{_LOAD}LoadTest.test_slow_bodies",),
     ),
     Guard(
         "who does not read has its time",
-        _in("proxy.py", "request.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, self._send_timeout)", "pass"),
+        _in("proxy.py", "until = time.monotonic() + self.server.write_timeout", "until = time.monotonic() + 1e9"),
         (f"{_LOAD}UnreadStreamTest.test_a_stream_that_is_never_read",),
     ),
     Guard(
         "descriptors for the clients that are allowed",
-        _in("proxy.py", "descriptors.allow(config.server.max_connections)", "pass"),
+        _in("commands/serve.py", "descriptors.allow(config.server.max_connections)", "pass"),
         (f"{_LOAD}DescriptorTest.test_the_daemon_raises_its_own",),
     ),
     Guard(
@@ -241,8 +250,8 @@ _LOADS = (
         "a body is UTF-8",
         _in(
             "wire/events.py",
-            'value = _DECODER.decode(data.decode("utf-8"))',
-            'value = _DECODER.decode(data.decode("utf-8", "replace"))',
+            'value = _decoded(_DECODER, data.decode("utf-8"))',
+            'value = _decoded(_DECODER, data.decode("utf-8", "replace"))',
         ),
         (_JSON,),
     ),

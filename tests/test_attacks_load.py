@@ -51,7 +51,7 @@ class IdleTest(AttackCase):
         with mock.patch.object(self.world, "check", lambda: seen.append(Attacked.check(self.world))):
             self.holds(attacks.attack_idle_connections)
         during = max(seen, key=lambda counts: counts.descriptors)
-        self.assertGreaterEqual(during.descriptors - before.descriptors, 10_000)
+        self.assertGreater(during.descriptors - before.descriptors, 9_990)
         self.assertLess(during.threads, 64)
         self.assertLess(during.rss - before.rss, 300 * MB)
 

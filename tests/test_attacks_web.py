@@ -2,9 +2,11 @@
 
 import unittest
 
+from portway.standin.server import StandIn
 from scripts.torture_rows import attack_cases, attacks
 from scripts.torture_rows.attacks import Connection
 from tests.attacked import AttackCase
+from tests.daemon import Daemon
 
 
 class WebTest(AttackCase):
@@ -63,6 +65,21 @@ class WebTest(AttackCase):
     def test_header_injection(self):
         """Nothing that a client names, in a body, a path or a header, becomes a header or a line of the answer."""
         self.holds(attacks.attack_header_injection)
+
+
+class ReloadTest(unittest.TestCase):
+    def test_who_was_let_in_is_looked_at_anew(self):
+        """A host or origin that a reload takes from the lists is refused from the next request on, and one that it
+        adds let in, also where the same head was answered a moment before."""
+        with StandIn() as standin:
+            plain = f'[backends.b]\nkind = "ollama"\nurl = "{standin.url}"\n[models.m]\nbackend = "b"\nmodel = "x"\n'
+            listed = f'[server]\nallowed_hosts = ["box.lan"]\nallowed_origins = ["http://a.example"]\n{plain}'
+            heads = ({"Host": "box.lan"}, {"Origin": "http://a.example"})
+            with Daemon(listed) as daemon, Connection(daemon.port) as client:
+                for toml, status in ((listed, 200), (plain, 403), (listed, 200), (plain, 403)):
+                    daemon.use(toml)
+                    for head in heads * 2:
+                        self.assertEqual(status, client.ask("GET", "/v1/models", head).status)
 
 
 if __name__ == "__main__":

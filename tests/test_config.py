@@ -583,6 +583,8 @@ class Refusals(unittest.TestCase):
             f'{A}[server]\napi_keys = ["env:KEY"]',
             f'{A}[server]\napi_key = "sk-geheim"',
             A.replace('"http://127.0.0.1:11434"', '"http://u:geheim@h"'),
+            f'{A}[server]\nhost = "http://u:geheim@h"',
+            f'{A}keep_alive = "https://geheim@h/x"',
             A.replace('"http://127.0.0.1:11434"', '"http://h?key=geheim"'),
             'backends = "geheim"\n' + MODEL.format(name="a"),
         )

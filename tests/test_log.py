@@ -60,6 +60,7 @@ enabled = false
 kind = "ollama"
 url = "{url}"
 """
+PATIENT = SERVER.replace("header_timeout = 0.2\nbody_timeout = 0.2\n", "")  # for requests that are slow on purpose
 FIELDS = {
     "ts", "id", "client", "key", "endpoint", "model", "served_by", "local", "stream", "status", "exit_code", "error",
     "cache_hit", "demoted", "attempts", "prompt_hash", "prompt_chars", "response_chars", "prompt_tokens",
@@ -387,6 +388,7 @@ class Cancelled(LogCase):
 
     def test_while_it_sent_its_request(self) -> None:
         """In the middle of its head or its body, whether the daemon was reading or had parked it."""
+        self.daemon.use(PATIENT.format(url=self.backend.url, key=KEY) + MODELS)
         head = f"POST {CHAT} HTTP/1.1\r\nHost: 127.0.0.1\r\n"
         rows = [(head, None), (f"{head}Content-Length: 99\r\n\r\n{{", CHAT)]
         rows += [(f"{text.replace('99', '98')}", endpoint) for text, endpoint in rows]
@@ -441,7 +443,7 @@ class Ended(LogCase):
     def test_half_a_request_when_the_daemon_stops(self) -> None:
         """It is told, and written down."""
         with self.daemon.client() as client:
-            self.daemon.use(SERVER.format(url=self.backend.url, key=KEY).replace("header_timeout = 0.2", "") + MODELS)
+            self.daemon.use(PATIENT.format(url=self.backend.url, key=KEY) + MODELS)
             client.send(f"POST {CHAT} HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Length: 99\r\n\r\n{{".encode())
             wait_for(lambda: any(each.began for each in self.daemon.idle), "its parking")
             self.daemon.stop()
@@ -451,7 +453,7 @@ class Ended(LogCase):
 
     def test_half_a_request_that_makes_room(self) -> None:
         """When there are more connections than there may be."""
-        server = SERVER.format(url=self.backend.url, key=KEY).replace("header_timeout = 0.2", "max_connections = 3")
+        server = PATIENT.format(url=self.backend.url, key=KEY).replace("[server]", "[server]\nmax_connections = 3")
         with Daemon(server + MODELS, log=self.log) as daemon, daemon.client() as client, ExitStack() as others:
             self.enterContext(mock.patch.object(proxy, "FRESH", 0.0))
             for slow in (client, *(others.enter_context(daemon.client()) for _ in range(2))):

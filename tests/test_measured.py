@@ -58,12 +58,21 @@ class FileTest(unittest.TestCase):
         """0600 in a folder with 0700, whatever the umask; nothing else is left there."""
         before = os.umask(0)
         try:
+            self.path.parent.mkdir(parents=True, mode=0o700)
+            left = Path(f"{self.path}.{os.getpid()}")  # by one that was killed while it wrote
+            left.write_text("x" * 9999)
             self.notebook.add(KNOWN)
         finally:
             os.umask(before)
+        self.assertEqual(KNOWN, self.notebook.read())
         modes = [stat.S_IMODE(path.stat().st_mode) for path in (self.path, self.path.parent)]
         self.assertEqual([0o600, 0o700], modes)
         self.assertEqual([self.path], list(self.path.parent.iterdir()))
+
+    def test_its_folder(self) -> None:
+        """It is made for its owner only, as well."""
+        self.notebook.add(KNOWN)
+        self.assertEqual(0o700, stat.S_IMODE(self.path.parent.stat().st_mode))
 
     def test_nothing_to_write(self) -> None:
         """Without anything new no file is made."""
@@ -121,7 +130,7 @@ class FileTest(unittest.TestCase):
             {**entry, "url": None, "load_s": 1},
             {**entry, "model": ["a"], "load_s": 1},
             {**entry, "bytes": GB},
-            {**entry, "bytes": 2**60, "shape": {"num_ctx": 512, "options": {}}},
+            {**entry, "bytes": 2**55, "shape": {"num_ctx": 512, "options": {}}},
             {**entry, "bytes": 0, "shape": {"num_ctx": 512, "options": {}}},
             {**entry, "bytes": GB, "shape": 512},
             {**entry, "bytes": GB, "shape": {"num_ctx": "512", "options": {}}},

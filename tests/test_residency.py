@@ -10,6 +10,7 @@ import time
 import unittest
 import urllib.request
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any, ClassVar
 from unittest import mock
 
@@ -707,6 +708,31 @@ class ThreadsTest(Served):
             self.residency.refresh(NoClient())
         self.assertEqual(1, self.paths("one").count("/api/ps"))
 
+    def test_a_backend_that_goes_while_it_is_asked(self) -> None:
+        """What is no longer configured leaves nothing behind."""
+        engine, look = self.residency._engines["one"], self.residency._engines["one"].look
+        now = self.config
+        left = replace(now, backends={"two": now.backends["two"]}, models={"c": now.models["c"]})
+
+        def then(*words: Any) -> Any:
+            seen = look(*words)
+            self.residency.adopt(left)
+            return seen
+
+        self.ask("a")
+        self.settle()
+        self.residency._hearing["one"].looked_at = -math.inf
+        with mock.patch.object(engine, "look", then):
+            self.residency.refresh(NoClient())
+        self.assertEqual({}, self.known())
+
+    def test_what_it_has_is_listed_once(self) -> None:
+        """Which weights a name stands for is asked for once, and not at each look."""
+        for _ in range(3):
+            self.residency._hearing["one"].looked_at = -math.inf
+            self.residency.refresh(NoClient())
+        self.assertEqual((1, 3), tuple(map(self.paths("one").count, ("/api/tags", "/api/ps"))))
+
     def test_a_server_that_does_not_answer(self) -> None:
         """A request waits only a moment for what it has loaded, and goes on."""
         self.standins["one"].fail("/api/ps", "hang", times=None)
@@ -875,13 +901,8 @@ class WarmTest(Served):
             self.assertTrue(place.wish.loads)
 
 
-class RouterTest(Served):
+class Routed(Served):
     """The router takes a place for each attempt."""
-
-    models: ClassVar = {
-        "giant": 'fallback = ["a"]',
-        "a": 'prefer_warm = true\nfallback = ["c"]\ntimeouts = { first_token = 5 }',
-    }
 
     def serve(self, name: str) -> Answered:
         backends = {name: OllamaBackend(backend) for name, backend in self.config.backends.items()}
@@ -892,6 +913,13 @@ class RouterTest(Served):
 
     def attempts(self, served: Answered) -> list[tuple[str, str]]:
         return [(attempt.model, attempt.reason) for attempt in served.attempts]
+
+
+class RouterTest(Routed):
+    models: ClassVar = {
+        "giant": 'fallback = ["a"]',
+        "a": 'prefer_warm = true\nfallback = ["c"]\ntimeouts = { first_token = 5 }',
+    }
 
     def test_it_falls_back(self) -> None:
         """What can't fit is skipped at once, and the next one answers."""
@@ -913,6 +941,25 @@ class RouterTest(Served):
         self.await_waiting(1)
         self.assertEqual({"b"}, self.in_memory())
         close(served.answer)
+        self.assertIn(b"[DONE]", waiting.outcome())
+
+
+class FullTest(Routed):
+    """A backend whose queue is full, in a chain, where there is memory for all."""
+
+    memory_options = 'budget = "40GB"\n'
+    backends: ClassVar = {"one": "max_parallel = 1\nmax_queue = 1"}
+    models: ClassVar = {"b": 'fallback = ["c"]'}
+
+    def test_it_goes_down_the_chain(self) -> None:
+        """Whoever would wait behind too many is served by the next member, and what was tried says so."""
+        with self.place("b") as place:
+            place.began()
+            waiting = self.in_thread("b")
+            self.await_waiting(1)
+            served = self.serve("b")
+            self.assertEqual([("b", "queue_full"), ("c", "ok")], self.attempts(served))
+            finish(served.answer.close())
         self.assertIn(b"[DONE]", waiting.outcome())
 
 

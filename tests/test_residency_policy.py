@@ -17,6 +17,7 @@ from portway import config
 from portway.commands import residency as residency_cli
 from portway.errors import ClientError, PortwayError
 from portway.memory import api as residency_api
+from portway.memory import machine as memory
 from portway.memory.arbiter import Shape
 from portway.memory.residency import Residency
 from portway.memory.resident import Known, shape_of
@@ -208,8 +209,8 @@ class PeopleTest(Served):
         waiting.outcome()
         self.assertEqual(("set", 10 * GB), (said["memory"]["budget"], said["memory"]["limit"]))
         [loaded] = said["loaded"]
-        shown = [loaded[key] for key in ("names", "model", "in_flight", "num_ctx")]
-        self.assertEqual([["a"], "a:latest", 1, 512], shown)
+        shown = [loaded[key] for key in ("names", "model", "in_flight", "num_ctx", "expires_in")]
+        self.assertEqual([["a"], "a:latest", 1, 512, 300.0], shown)
         self.assertEqual(("c", "a:latest to be idle"), (said["waiting"][0]["model"], said["waiting"][0]["for"]))
         fits = {model["name"]: (model["fits"], model["fits_beside"]) for model in said["models"]}
         self.assertEqual((True, True), fits["a"])
@@ -217,6 +218,18 @@ class PeopleTest(Served):
         self.assertEqual((False, False), fits["giant"])
         self.assertEqual((True, True), fits["embed"])
         self.assertEqual("ollama", said["backends"]["one"]["server"])
+
+    def test_what_fits_a_machine_that_is_full_now(self) -> None:
+        """Where the budget follows the machine, what would fit it once others have gone fits."""
+        auto = Residency(
+            config.parse(self.toml(""), "models.toml", {}), read=lambda: memory.Reading(10 * GB, GB, apart=False)
+        )
+        self.addCleanup(auto.stop)
+        said = residency_api.overview(auto, NoClient())
+        self.assertEqual(("auto", 0, 8 * GB), tuple(said["memory"][key] for key in ("budget", "limit", "ceiling")))
+        self.assertEqual({"a": True, "giant": False}, {
+            model["name"]: model["fits"] for model in said["models"] if model["name"] in ("a", "giant")
+        })  # fmt: skip
 
     def test_the_commands(self) -> None:
         """ps, models, load and unload print what the daemon says; each way of failing has its own exit code."""

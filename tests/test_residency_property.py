@@ -383,6 +383,7 @@ class WholeTest(unittest.TestCase):
                     self.assertIn(outcome, ("does_not_fit", "gone"))
             snapshot = residency.snapshot()
             self.assertEqual([], snapshot.waiting)
+            self.assertEqual({}, residency._tickets)
             self.assertEqual({0}, {resident.users for resident in snapshot.residents} | {0})
             self.assertEqual({0}, set(snapshot.in_flight.values()) | {0})
         return set(outcomes), stats.overcommits

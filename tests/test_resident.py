@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import http.client
 import json
+import math
 import tempfile
 import threading
 import time
@@ -74,6 +75,19 @@ class LlamaServerTest(unittest.TestCase):
         self.assertTrue(self.residency.unload(self.config.models["right"], NoClient(), time.monotonic() + 30.0))
         self.assertEqual({"left": "unloaded", "right": "unloaded"}, self.statuses())
 
+    def test_somebody_was_quicker(self) -> None:
+        """What is loaded or unloaded already is no error."""
+        right = self.config.models["right"]
+        engine = self.residency._engines["router"]
+        self.residency.refresh(NoClient())
+        engine.unload("right", NoClient())
+        for _ in range(2):
+            engine.load(right, NoClient(), time.monotonic() + 30.0)
+        self.assertEqual("loaded", self.statuses()["right"])
+        for name in ("nobody", ""):
+            with self.assertRaises(BackendError):
+                engine.unload(name, NoClient())
+
     def test_one_that_is_busy(self) -> None:
         """A router would break off an answer by unloading, so what another client uses is left alone."""
         self.residency.load(self.config.models["right"], NoClient(), time.monotonic() + 30.0)
@@ -125,6 +139,8 @@ class LlamaSwapTest(unittest.TestCase):
         self.running = {"left": "ready"}
         self.unloaded: list[str] = []
         self.used: list[str] = []
+        self.looked_for_requests = 0
+        self.winds_up_after = math.inf
         self.tells_status = True  # since 2026
         self.url = f"{self.enterContext(ScriptedServer(then=self.answer)).url}/v1"
         toml = f'[memory]\nbudget = "10GB"\nmin_stay = 0\n[backends.swap]\nkind = "openai"\nurl = "{self.url}"\n'
@@ -141,6 +157,9 @@ class LlamaSwapTest(unittest.TestCase):
         if request.path == "/running":
             return json_reply({"running": [{"model": name, "state": state} for name, state in self.running.items()]})
         if request.path == "/api/events":
+            self.looked_for_requests += 1
+            if self.looked_for_requests > self.winds_up_after:
+                self.used = []
             requests = [{"id": "2", "model": name} for name in self.used]
             snapshot = json.dumps({"operation": "snapshot", **({"requests": requests} if requests else {})})
             event = json.dumps({"type": "inflight", "data": snapshot})
@@ -208,6 +227,18 @@ class LlamaSwapTest(unittest.TestCase):
         self.assertEqual(("busy", []), (caught.exception.reason, self.unloaded))
         self.used = ["org/right-7b-q8_0"]
         self.assertTrue(self.residency.unload(self.config.models["left"], NoClient(), time.monotonic() + SOON))
+
+    def test_what_is_just_ending(self) -> None:
+        """A request whose answer has ended may be listed a moment longer: that is looked at again."""
+        self.used, self.winds_up_after = ["left"], 2
+        self.assertTrue(self.residency.unload(self.config.models["left"], NoClient(), time.monotonic() + SOON))
+        self.assertEqual(3, self.looked_for_requests)
+
+    def test_load(self) -> None:
+        """Loaded is what runs, whatever its own /health says; what does not run then has failed."""
+        self.residency.load(self.config.models["left"], NoClient(), time.monotonic() + SOON)
+        with self.assertRaises(BackendError):
+            self.residency.load(self.config.models["right"], NoClient(), time.monotonic() + SOON)
 
     def test_it_outstays(self) -> None:
         """keep_alive holds for it as well: after a use, and not before one."""
@@ -310,6 +341,28 @@ class LlamaSwapWordsTest(unittest.TestCase):
             self.assertIsNone(llama_swap.requests_for("a", data), data)
 
 
+class RouterTest(unittest.TestCase):
+    def test_a_load_that_fails(self) -> None:
+        """What its router says has failed is an error with its exit code, at once."""
+
+        def answer(request: ScriptedRequest) -> bytes:
+            if request.path == "/v1/models":
+                status = {"value": "unloaded", "failed": True, "exit_code": 134}
+                return json_reply({"data": [{"id": "a", "owned_by": "llamacpp", "status": status}]})
+            return json_reply({"success": True})
+
+        server = self.enterContext(ScriptedServer(then=answer))
+        toml = f'[backends.x]\nkind = "openai"\nurl = "{server.url}/v1"\n[models.a]\nbackend = "x"\nmodel = "a"\n'
+        parsed = config.parse(toml, "models.toml", {})
+        residency = Residency(parsed, read=memory.Reading)
+        self.addCleanup(residency.stop)
+        with self.assertRaises(BackendError) as caught:
+            residency.load(parsed.models["a"], NoClient(), time.monotonic() + SOON)
+        self.assertEqual(("server_error", "a could not be loaded (exit 134)"), (
+            caught.exception.reason, caught.exception.message
+        ))  # fmt: skip
+
+
 class OtherServersTest(unittest.TestCase):
     def residency(self, answer: Any, more: str = "") -> tuple[Residency, config.Config]:
         server = self.enterContext(ScriptedServer(then=answer))
@@ -333,6 +386,7 @@ class OtherServersTest(unittest.TestCase):
             pass
         self.assertEqual({"x": "it does not tell what it has loaded"}, residency_api.health(residency)["unasked"])
         before = len(asked)
+        residency._hearing["x"].looked_at = -math.inf
         residency.refresh(NoClient())
         self.assertEqual(before, len(asked))  # it won't tell the next minute either
         for act in (residency.load, residency.unload):

@@ -85,6 +85,7 @@ class OllamaAnswer:
         self._waiting = waiting
         self._reader = NDJSONReader()
         self._begun = False  # a piece has been given
+        self._answering = False  # content has come
         self._read = False  # a line has been read
         self._error: BackendError | None = None  # comes behind what has been given
 
@@ -92,7 +93,6 @@ class OllamaAnswer:
         """See Answer.whole."""
         await self._first()
         while not self._stream.done:
-            self._waiting.patience.content()
             await self._next()
         return dumps(self._stream.whole())
 
@@ -103,9 +103,9 @@ class OllamaAnswer:
             self._begun = True
             return piece
         piece = b""
+        self._waiting.patience.content()  # only now: the client may have taken its time over the last one
         try:
             while not piece and not self._stream.done:
-                self._waiting.patience.content()  # only now: the client may have taken its time over the last one
                 piece, _ = await self._next()
         except BackendError as exc:
             raise broken_once_begun(exc, self._target) from exc
@@ -123,7 +123,9 @@ class OllamaAnswer:
         while not (content or self._stream.done):
             frames, content = await self._next()
             held += frames
+        self._answering = True
         self._waiting.watch.phase = "answer"
+        self._waiting.patience.content()
         return held
 
     async def _next(self) -> tuple[bytes, bool]:
@@ -133,7 +135,10 @@ class OllamaAnswer:
             raise self._error
         frames, content = b"", False
         try:
-            for line in await self._lines():
+            lines = await self._lines()
+            if lines and self._answering:  # empty lines, which some proxies ping with, are none
+                self._waiting.patience.content()
+            for line in lines:
                 more, has_content = self._stream.feed(_object(line))
                 frames += more
                 content = content or has_content

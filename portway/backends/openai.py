@@ -281,7 +281,12 @@ class StreamAnswer:
         """What the next read brings, as the client gets it. An error comes alone: what stands before it counts."""
         if self._error is not None:
             raise self._error
-        data = self._tail + await self._read()
+        try:
+            data = self._tail + await self._reply.read()
+        except BackendError as exc:  # behind a whole answer a connection that breaks has ended
+            if exc.reason != "connection_lost" or not self._relay.finished:
+                raise
+            data = self._tail
         end = data.rfind(b"\n\n") + 2
         if end > 1 and not self._reader.pending and (block := self._relay.block(data[:end])):
             self._tail = data[end:]
@@ -289,15 +294,6 @@ class StreamAnswer:
         self._tail = b""
         frames, self._error = self._relay.frames(self._events(data))
         return frames if frames or self._error is None else await self._next()
-
-    async def _read(self) -> bytes:
-        """What one read brings; b"" at the end. A connection that broke behind a whole answer has ended."""
-        try:
-            return await self._reply.read()
-        except BackendError as exc:
-            if exc.reason != "connection_lost" or not self._relay.finished:
-                raise
-            return b""
 
     def _events(self, data: bytes) -> list[bytes]:
         """The data of the events that one read brought; at the end of the connection [DONE] if it is due."""

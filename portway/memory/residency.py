@@ -141,14 +141,12 @@ class _Held:
         self.warnings = answer.warnings
         self._answer = answer
         self._place = place
-        self._begun = False
 
     async def piece(self) -> bytes:
-        """See Answer.piece."""
+        """See Answer.piece. From the second one on it is the answer's own: there are many."""
         piece = await self._answer.piece()
-        if not self._begun:
-            self._begun = True
-            self._place.began()
+        self._place.began()
+        self.piece = self._answer.piece  # type: ignore[method-assign]
         return piece
 
     async def whole(self) -> bytes:

@@ -37,6 +37,7 @@ QUESTION = 3.0  # seconds for a question that is answered from memory
 FIRST_PAUSE = 0.02  # seconds between two looks at what offers no event, doubled from one to the other
 LONGEST_PAUSE = 0.5
 WINDING_UP = 0.2  # seconds for which a server may count a request whose answer has ended
+FIRST_EVENTS = 1.0  # seconds for what llama-swap sends at once; an older one keeps us waiting in vain
 STOPPING = 30.0  # seconds llama-swap may take to stop a server; it kills it after 10, if not told otherwise
 MAX_LIST = 16 * MAX_ERROR  # bytes of a list of models
 # Ollama's options that a runner is started with; another value loads the model anew
@@ -402,7 +403,7 @@ class OpenAIEngine:
 
     def _has_request(self, name: str, watch: Watch) -> bool:
         try:
-            for data in self._server.events("/api/events", watch, time.monotonic() + QUESTION):
+            for data in self._server.events("/api/events", watch, time.monotonic() + FIRST_EVENTS):
                 if (used := llama_swap.requests_for(name, data)) is not None:
                     return used
         except BackendError:

@@ -16,10 +16,10 @@ import socket
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol, Self
 from urllib.parse import quote
 
+from scripts.torture_rows import Row
 from scripts.torture_rows import attack_cases as given
 
 PATIENCE = 10.0  # seconds that any one answer may take
@@ -39,17 +39,6 @@ class World(Protocol):
     def check(self) -> Any:
         """Assert that it answers a normal request; returns what it then has of threads, descriptors and memory."""
         ...
-
-
-@dataclass(frozen=True, slots=True)
-class Row:
-    """One attack. tries: how often it was tried, 0 = it can't be here, and `note` says why; held: how often all was
-    as it should be. `note` is else the first case in which it was not."""
-
-    name: str
-    tries: int
-    held: int
-    note: str = ""
 
 
 class Cases:
