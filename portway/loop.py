@@ -249,9 +249,8 @@ class Loop:
                         sweep()
                 except Exception as exc:  # noqa: BLE001 - reported
                     report(exc)
+            self._catch_up()
         finally:
-            while self._put_off:
-                self._put_off.popleft()()
             self._stopped.set()
 
     def _round(self, until: float) -> None:
@@ -273,8 +272,12 @@ class Loop:
         if now >= self._next:
             self._expire(now)
         if self._put_off and (self.tasks or not ready):
-            for _ in range(len(self._put_off)):
-                self._put_off.popleft()()
+            self._catch_up()
+
+    def _catch_up(self) -> None:
+        """Do what was put off; what puts off more has its turn the next time."""
+        for _ in range(len(self._put_off)):
+            self._put_off.popleft()()
 
     def put_off(self, what: Callable[[], None]) -> None:
         """Have it called while the tasks that there are wait for others, or else after a moment of rest: what must

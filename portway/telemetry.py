@@ -501,8 +501,8 @@ class Log:
     def record(self, record: Record) -> None:
         """Take a finished record. Never waits for the file and never fails for its sake.
 
-        To make the line takes 6 us; to have the writer make it took the requests' own threads 10, since each
-        time it took the interpreter from them and they had to get it back.
+        To make the line takes 6 us; to have the writer make it took the loop 10, since each time the writer took
+        the interpreter from it and the loop had to get it back.
         """
         full = len(self._waiting) >= MAX_WAITING or self._closing
         made = self._line(record) if not full and record.size <= MAX_AT_ONCE else None

@@ -669,6 +669,84 @@ class Posting(LoopCase):
         loop.close()
 
 
+class PuttingOff(LoopCase):
+    """What must be done, but not before an answer or the next request."""
+
+    @each_poller
+    def test_while_a_task_waits(self, running: Running) -> None:
+        """At the end of a round in which a task has begun to wait, not within it, and without another poll."""
+        ours, theirs = self.pair()
+        told: list[object] = []
+
+        async def work(task: Task) -> bool:
+            running.loop.put_off(lambda: told.append(running.poller.polls))
+            told.append(running.poller.polls)
+            return await task.wait(ours, POLLIN, later())
+
+        with mock.patch.object(loops, "REST", LONG):
+            job = running.start(work)
+            wait_for(lambda: len(told) == 2, "what was put off")
+            self.assertEqual(told[0], told[1])
+            self.assertTrue(job.task.busy)
+            theirs.send(b"x")
+            self.assertIs(True, job.result())
+
+    @each_poller
+    def test_with_nothing_to_do(self, running: Running) -> None:
+        """After a moment of rest, each once and in order; an event comes first."""
+        told: list[int] = []
+
+        def put_off() -> None:
+            for number in range(3):
+                running.loop.put_off(functools.partial(told.append, number))
+
+        with mock.patch.object(loops, "REST", 0.2):
+            running.call(put_off)
+            running.call(lambda: self.assertEqual([], told))  # an event, and no rest
+            wait_for(lambda: len(told) == 3, "what was put off")
+        running.call(lambda: None)
+        self.assertEqual([0, 1, 2], told)
+
+    @each_poller
+    def test_what_puts_off_more(self, running: Running) -> None:
+        """That has its turn in the next round: what waits is not kept waiting for ever."""
+        ours, theirs = self.pair()
+        rounds: list[int] = []
+
+        def again() -> None:
+            rounds.append(running.poller.polls)
+            running.loop.put_off(again)
+
+        job = running.start(lambda task: task.wait(ours, POLLIN, later()))
+        running.call(lambda: running.loop.put_off(again))
+        theirs.send(b"x")
+        self.assertIs(True, job.result())
+        self.assertEqual(len(rounds), len(set(rounds)))
+        running.call(running.loop._put_off.clear)
+
+    @each_poller
+    def test_a_mistake_costs_no_other(self, running: Running) -> None:
+        """It is reported, and the next one is called all the same."""
+        told: list[int] = []
+
+        def put_off() -> None:
+            running.loop.put_off(lambda: told.append(1 // 0))
+            running.loop.put_off(lambda: told.append(2))
+
+        running.call(put_off)
+        wait_for(lambda: told == [2], "the second one")
+        self.assertIsInstance(running.reported[0], ZeroDivisionError)
+
+    def test_at_the_end(self) -> None:
+        """Nothing is left over."""
+        running, told = Running(self, loops._best_poller()), list[int]()
+        with mock.patch.object(loops, "REST", LONG):
+            running.call(lambda: running.loop.put_off(lambda: told.append(1)))
+            running.loop.stop(LONG)
+        running.thread.join(LONG)
+        self.assertEqual([1], told)
+
+
 class PollerTest(LoopCase):
     """What loop.py asks of a poller, of each kind."""
 
