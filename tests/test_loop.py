@@ -745,6 +745,8 @@ class PuttingOff(LoopCase):
             running.loop.stop(LONG)
         running.thread.join(LONG)
         self.assertEqual([1], told)
+        running.loop.put_off(lambda: told.append(2))  # while the daemon closes what is left
+        self.assertEqual([1, 2], told)
 
 
 class PollerTest(LoopCase):
