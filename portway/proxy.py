@@ -166,14 +166,14 @@ class EventStream:
             raise ClientGone from exc
 
     async def relay(self, found: Found) -> None:
-        """Send the whole answer. Raises BackendError if it breaks; OSError if the client does, unless
+        """Send the whole answer. Raises BackendError if it breaks; ClientGone or OSError if the client does, unless
         somebody else waits for the same answer: then it is read to its end without this client."""
         fields = found.facts.fields()
         while piece := await found.piece():
             if found.has_client:
                 try:
                     await self._relay(piece, found, fields)
-                except OSError as exc:
+                except (ClientGone, OSError) as exc:
                     found.client_left(exc)
             self._handler.watch.heard()
 
@@ -628,7 +628,7 @@ class Handler(BaseHTTPRequestHandler):
         if found.has_client:
             try:
                 await self.respond(200, found.facts.fields(), body)
-            except OSError as exc:
+            except (ClientGone, OSError) as exc:
                 found.client_left(exc)
 
     async def get_models(self, _rest: str) -> None:
