@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 import select
 import socket
 import socketserver
@@ -247,7 +248,7 @@ class Handler(BaseHTTPRequestHandler):
         self._leaving = False  # it was told why, and is given time to read that
         self._buffer = b""
         self._reading: Incoming | None = None
-        self.began = 0.0  # time.monotonic() when the request that is coming in began to
+        self.began = 0.0  # time.monotonic() when the request that is coming in began to; 0.0 = nothing of it is here
         self.task = Task(self.server.loop, moving=self._look_away, returning=self._look_back, ended=self._ended)
         self.watch = ClientWatch(self.connection, self.read_ahead, self.task)
 
@@ -283,13 +284,13 @@ class Handler(BaseHTTPRequestHandler):
             self.task.throw(exc)
 
     def _receive(self) -> bool:
-        """Take what has come; False if that was nothing. Raises ClientGone at its end."""
+        """Take what has come; False if that was nothing. Raises ClientGone at its end, or Stopping if that was us."""
         try:
             data = self.connection.recv(RECEIVE)
         except BlockingIOError:
             return False
         if not data:
-            raise ClientGone
+            raise Stopping if self.watch.is_stopping else ClientGone
         if self._leaving:
             return False  # unread: it is to see our last words before its connection is reset
         self._buffer = self._buffer + data if self._buffer else data
@@ -334,7 +335,7 @@ class Handler(BaseHTTPRequestHandler):
             request = self._next()
             if request is None:
                 return
-            if self.server.is_full():
+            if self.server.is_full() or self.server.backlog:
                 self.waiting, self.began = request, time.monotonic()
                 self.server.backlog.append(self)
                 return
@@ -372,8 +373,10 @@ class Handler(BaseHTTPRequestHandler):
             self._lost(exc)
 
     def _lost(self, exc: Exception) -> None:
-        """The client's end, and there is nobody to tell; or a bug of ours, which must not cost the loop."""
-        if isinstance(exc, OSError | ClientGone):
+        """The client's end, and there is nobody to tell; ours; or a bug of ours, which must not cost the loop."""
+        if isinstance(exc, Stopping):
+            self.break_off(exc)
+        elif isinstance(exc, OSError | ClientGone):
             self._never_came_in()
         else:
             self.server.daemon.unforeseen(exc)
@@ -382,6 +385,7 @@ class Handler(BaseHTTPRequestHandler):
     def _settle(self) -> None:
         """After an answer: close, or be ready for the next request."""
         self.server.in_flight.end()
+        self.began = 0.0
         if self._leaving:
             self._say_goodbye()
         elif self._gone or not self.keep_alive:
@@ -400,9 +404,9 @@ class Handler(BaseHTTPRequestHandler):
         """The connection's end, from our side."""
         if not self._closed:
             self._closed = True
-            self.waiting = None  # its turn is passed over
             self._look_away()
             self.server.forget(self)
+            self.waiting = None
             self.connection.close()
 
     def cut(self) -> None:
@@ -485,8 +489,8 @@ class Handler(BaseHTTPRequestHandler):
     def _begin(self) -> Request | None:
         """The next request, if it is all there and well; else `_reading` has what there is of it, if its head is in."""
         buffer = self._buffer
-        while buffer[:2] == b"\r\n":
-            buffer = self._buffer = buffer[2:]  # RFC 9112 section 2.2: empty lines before a request are let pass
+        if (empty := _EMPTY_LINES.match(buffer)) is not None:
+            buffer = self._buffer = buffer[empty.end() :]
         end = buffer.find(b"\r\n\r\n")
         if end < 0:
             self._wait_for_head()
@@ -515,7 +519,7 @@ class Handler(BaseHTTPRequestHandler):
             self._reading = Incoming.broken(head_too_long())
         elif not self._buffer:
             self.expires = now + config.idle_timeout
-        elif self.expires > now + config.header_timeout:
+        elif not self.began:
             self.expires, self.began = now + config.header_timeout, now
 
     def _admitted(self, head: bytes, max_body: int) -> Incoming:
@@ -742,6 +746,8 @@ class Handler(BaseHTTPRequestHandler):
 
 _UNLOGGED = ("/health", "/metrics")
 
+_EMPTY_LINES = re.compile(rb"(?:\r\n)+")  # RFC 9112 section 2.2: before a request they are let pass
+
 
 def _is_ask(head: RequestHead) -> bool:
     return head.headers.get("x-portway-client") == "ask"
@@ -837,6 +843,8 @@ class Server(ThreadingHTTPServer):
     def forget(self, handler: Handler) -> None:
         """Its connection is closing."""
         self._open.discard(handler)
+        if handler.waiting:
+            self.backlog.remove(handler)
         if self._deaf:
             self._listen_again()
 
