@@ -118,6 +118,13 @@ class ReferenceTest(unittest.TestCase):
 
 
 class ReadmeTest(unittest.TestCase):
+    def test_what_held(self):
+        """README quotes the table that scripts/torture.py wrote, whole and as it is."""
+        written = (ROOT / "docs" / "reliability.md").read_text("utf-8")
+        table = written.split("## The table\n\n")[1].split("\n\n")[0]
+        self.assertGreater(len(table.splitlines()), 3)
+        self.assertIn(f"\n\n{table}\n\n", README)
+
     def test_the_two_commands(self):
         """README's two commands are those that CI runs."""
         self.assertIn("python3 -m portway demo", README)

@@ -28,6 +28,7 @@ from scripts.torture_rows.stage import NOWHERE, Cell, Stage
 from scripts.torture_rows.verdict import Expected, judge, judge_lines, read_attempts
 
 PLACES = 64
+HALF_A_LINE = 300  # bytes
 RECOVERY = 90.0  # seconds; log and cache try a file that refused again after 30 at the latest
 OUR_CODES = ("stopping", "internal")
 
@@ -170,27 +171,35 @@ model = "x"
 
 def fault_disk_full() -> Row:
     """Log and cache lie on a disk that becomes full, and later has room again."""
+    tries = Tries()
     with tempfile.TemporaryDirectory(prefix="portway-torture-disk-") as disk:
         rest = f'[log]\nfile = "{disk}/log.jsonl"\n[cache]\nfile = "{disk}/cache.sqlite3"\n'
         with ground(rest, limits=_on_a_small_disk(disk)) as here:
             inside = Path(f"/proc/{here.portway.pid}/root{disk}")
             here.portway.log_file, here.portway.cache_file = inside / "log.jsonl", inside / "cache.sqlite3"
             filler = inside / "filler"
-            return _without_room(here, lambda: _fill(filler), filler.unlink).row("the disk is full")
+            _without_room(here, tries, lambda: _fill(filler), filler.unlink)
+    return tries.row("the disk is full")
 
 
 def fault_no_file_may_grow() -> Row:
-    """The same by a limit of the process, which its stderr's file is under as well."""
+    """The same by a limit of the process: none for stderr's file either, then one inside the log's next line."""
+    tries = Tries()
     with ground() as here:
         pid = here.portway.pid
         unlimited = _limit(pid, "RLIMIT_FSIZE")
-        return _without_room(
-            here, lambda: _limit(pid, "RLIMIT_FSIZE", 0), lambda: _limit(pid, "RLIMIT_FSIZE", unlimited)
-        ).row("no file may grow, stderr's neither")
+
+        def grow(most: int) -> None:
+            _limit(pid, "RLIMIT_FSIZE", most)
+
+        _without_room(here, tries, lambda: grow(0), lambda: grow(unlimited))
+        size = here.portway.log_file.stat().st_size
+        _without_room(here, tries, lambda: grow(size + HALF_A_LINE), lambda: grow(unlimited))
+    return tries.row("no file may grow, stderr's neither")
 
 
-def _without_room(here: Ground, fill: Callable[[], object], clear: Callable[[], object]) -> Tries:
-    tries, portway = Tries(), here.portway
+def _without_room(here: Ground, tries: Tries, fill: Callable[[], object], clear: Callable[[], object]) -> None:
+    portway = here.portway
     here.ask(tries)
     fill()
     for _ in range(20):
@@ -205,7 +214,6 @@ def _without_room(here: Ground, fill: Callable[[], object], clear: Callable[[], 
     here.check_log(tries)
     tries.check("no line is lost", portway.health()["log"]["dropped"] == 0, portway.health())
     here.check_cache(tries)
-    return tries
 
 
 def _problems(portway: PortwayProcess) -> list[str | None]:
@@ -328,6 +336,7 @@ def _address_space(pid: int) -> int:
 # --- the clock --------------------------------------------------------------------------------------
 
 DAY = 86_400.0
+HOUR = 3600  # seconds for which answers are kept here
 JUMPS = (DAY, -2 * DAY, 40 * DAY, -10 * 365 * DAY, 0.5, -0.5, 0.0)  # seconds by which the clock is off
 JUMPY = """
 import runpy, sys, time
@@ -375,6 +384,13 @@ def _jump(here: Ground, tries: Tries, offset: Path, jump: float) -> None:
         tries.check(f"in flight at {jump:+g} s", reply.is_done and not reply.errors, reply)
     here.ask(tries)
     here.check_cache(tries)
+    with Client(
+        portway.port
+    ) as client:  # a question that was asked before the jumps: its answer may be from the future
+        reply = client.chat(here.cells[0].name, "from before")
+        age = reply.headers.get("age", "0")
+        right = reply.status == 200 and reply.text == "".join(pieces("first", "from before"))
+        tries.check(f"a kept answer at {jump:+g} s", right and age.isdecimal() and int(age) <= HOUR, (age, reply))
     health = portway.health()
     tries.check(f"/health at {jump:+g} s", 0 <= health["uptime_s"] < RECOVERY and not health["cooling"], health)
 
@@ -385,7 +401,8 @@ def _check_times(here: Ground, tries: Tries) -> None:
     tries.check("the clock did jump", len(years) > 1, years)
     for line in here.portway.lines():
         times = [line[key] for key in ("latency_s", "ttft_s", "queue_s", "load_s") if line[key] is not None]
-        tries.check(f"times of {line['client']}", all(0 <= value < RECOVERY for value in times), line)
+        right = all(0 <= value < RECOVERY for value in times) and line["latency_s"] > 0
+        tries.check(f"times of {line['client']}", right, line)
 
 
 FAULTS = (
