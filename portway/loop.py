@@ -278,8 +278,11 @@ class Loop:
 
     def put_off(self, what: Callable[[], None]) -> None:
         """Have it called while the tasks that there are wait for others, or else after a moment of rest: what must
-        be done, but not before an answer or the next request. At the latest when `run` ends."""
-        self._put_off.append(what)
+        be done, but not before an answer or the next request. At the latest when `run` ends; then it is called at once."""
+        if self._stopped.is_set():
+            what()
+        else:
+            self._put_off.append(what)
 
     def attach(self, sock: socket.socket, stirred: Callable[[int], None], mask: int = POLLIN) -> None:
         """Call `stirred` with the events whenever something comes in, until `detach`."""

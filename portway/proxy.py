@@ -577,8 +577,10 @@ class Handler(BaseHTTPRequestHandler):
         daemon = self.server.daemon
         daemon.metrics.observe(self._record)
         if daemon.log:
-            work = partial(daemon.log.record, self._record)
-            self.server.loop.put_off(work) if self.task.on_loop else work()
+            if self.task.on_loop:
+                self.server.loop.put_off(partial(daemon.log.record, self._record))
+            else:
+                daemon.log.record(self._record)
 
     async def _dispatch(self, request: Request) -> None:
         self._record.client = _client(request.head)
