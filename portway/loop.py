@@ -278,7 +278,7 @@ class Loop:
 
     def put_off(self, what: Callable[[], None]) -> None:
         """Have it called while the tasks that there are wait for others, or else after a moment of rest: what must
-        be done, but not before an answer or the next request. At the latest when `run` ends; then it is called at once."""
+        be done, but not before an answer or the next request. When `run` has ended it is called at once."""
         if self._stopped.is_set():
             what()
         else:
