@@ -83,12 +83,14 @@ class Task:
         self._starting = False
 
     def start(self, work: Coroutine[Any, Any, None]) -> None:
-        """Run it, at once and until it waits; afterwards `busy` says whether it does."""
+        """Run it, at once and until it waits; afterwards `busy` says whether it does. Raises what it raises."""
         self._coroutine, self.busy, self.on_loop = work, True, True
         self._loop.tasks.add(self)
         self._starting = True
-        self._step(None)
-        self._starting = False
+        try:
+            self._step(None)
+        finally:
+            self._starting = False
 
     async def wait(self, sock: socket.socket | None, events: int, until: float) -> bool:
         """Until `sock` is ready: True; False once time.monotonic() passes `until`. sock: None = for the time alone."""
@@ -136,6 +138,9 @@ class Task:
         except StopIteration:
             self._end(tell=not self._starting)
             return
+        except BaseException:  # a mistake: whoever holds the task must not take it for one that goes on
+            self._end(tell=not self._starting)
+            raise
         if wanted is _MOVE:
             self._loop.tasks.discard(self)
             self.on_loop = False
@@ -223,6 +228,9 @@ class Loop:
     def post(self, what: Callable[[], None]) -> None:
         """Have it called on the loop's thread, soon."""
         self._posted.append(what)
+        self._ring()
+
+    def _ring(self) -> None:
         try:
             self._mouth.send(b"\0")
         except OSError:
@@ -354,8 +362,12 @@ class Loop:
             self._ear.recv(4096)
         except OSError:
             return
-        while self._posted:
-            self._posted.popleft()()
+        try:
+            while self._posted:
+                self._posted.popleft()()
+        finally:
+            if self._posted:  # behind one that has raised
+                self._ring()
 
 
 # --- what the system offers -----------------------------------------------------------------------

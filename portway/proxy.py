@@ -247,6 +247,7 @@ class Handler(BaseHTTPRequestHandler):
         self._closed = False
         self._gone = False  # it was seen to leave while its request was under way
         self._leaving = False  # it was told why, and is given time to read that
+        self._answered = False  # its request was dealt with to the end, whatever came of it
         self._buffer = b""
         self._reading: Incoming | None = None
         self.began = 0.0  # time.monotonic() when the request that is coming in began to; 0.0 = nothing of it is here
@@ -345,9 +346,11 @@ class Handler(BaseHTTPRequestHandler):
     def serve(self, request: Request) -> None:
         """Begin to answer; mostly it then waits for a backend."""
         self.server.in_flight.begin()
-        self.task.start(self._serve(request))
-        if not self.task.busy:
-            self._settle()
+        try:
+            self.task.start(self._serve(request))
+        finally:
+            if not self.task.busy:
+                self._settle()
 
     def take_turn(self, request: Request) -> None:
         """Its request has waited long enough."""
@@ -389,7 +392,7 @@ class Handler(BaseHTTPRequestHandler):
         self.began = 0.0
         if self._leaving:
             self._say_goodbye()
-        elif self._gone or not self.keep_alive:
+        elif self._gone or not (self.keep_alive and self._answered):
             self.close()
         else:
             self.expires = time.monotonic() + self.server.daemon.state.config.server.idle_timeout
@@ -549,6 +552,7 @@ class Handler(BaseHTTPRequestHandler):
         self._cors = request.cors
         self._record = Record(time.time(), time.monotonic(), "", head.path)
         self._stream: EventStream | None = None
+        self._answered = False
         self.watch.begin(0.0, None)
         try:
             await self._dispatch(request)
@@ -562,7 +566,7 @@ class Handler(BaseHTTPRequestHandler):
             await self._fail(self.server.daemon.unforeseen(exc))
         finally:
             self._write_down(self.watch.waited)
-        self._leaving = request.poisoned
+        self._leaving, self._answered = request.poisoned, True
 
     def _client_left(self, phase: str) -> None:
         self._record.cancelled_in = phase

@@ -456,6 +456,63 @@ class Trouble(LoopCase):
         self.assertIs(False, running.start(lambda task: task.wait(None, 0, later(SHORT))).result())
 
     @each_poller
+    def test_a_mistake_keeps_nothing_behind_it_waiting(self, running: Running) -> None:
+        """What was posted together with it is called."""
+        busy, gate, called = threading.Event(), threading.Event(), threading.Event()
+        ours, theirs = self.pair()
+
+        def keep_busy(_events: int) -> None:
+            running.loop.detach(ours)
+            busy.set()
+            gate.wait(LONG)
+
+        def fail() -> None:
+            raise RuntimeError("a mistake")
+
+        running.call(lambda: running.loop.attach(ours, keep_busy))
+        theirs.send(b"x")
+        self.assertTrue(busy.wait(LONG))
+        running.loop.post(fail)
+        running.loop.post(called.set)
+        gate.set()
+        self.assertTrue(called.wait(LONG))
+
+    @each_poller
+    def test_a_mistake_of_a_task(self, running: Running) -> None:
+        """It has ended then, and whoever holds it knows, wherever it was made."""
+
+        async def at_once(_task: Task) -> None:
+            raise RuntimeError("a mistake")
+
+        async def after_a_wait(task: Task) -> None:
+            await task.wait(None, 0, later(SHORT))
+            raise RuntimeError("a mistake")
+
+        async def back_from_a_worker(task: Task) -> None:
+            await task.move()
+            await task.come_back()
+            raise RuntimeError("a mistake")
+
+        async def thrown(task: Task) -> None:
+            await task.wait(None, 0, later())
+
+        for number, work in enumerate((after_a_wait, back_from_a_worker), 1):
+            job = running.start(work)
+            self.assertTrue(job.is_over.wait(LONG), work.__name__)
+            self.assertEqual((False, number), (job.task.busy, len(running.reported)))
+        job = running.start(thrown)
+        running.loop.post(lambda: job.task.throw(RuntimeError("a mistake")))
+        self.assertTrue(job.is_over.wait(LONG))
+        task = Task(running.loop, moving=lambda: None, ended=lambda: None)
+
+        def start() -> None:
+            with self.assertRaises(RuntimeError):
+                task.start(at_once(task))
+
+        running.call(start)
+        self.assertEqual((False, set()), (task.busy, running.loop.tasks))
+
+    @each_poller
     def test_two_whose_time_is_over_at_once(self, running: Running) -> None:
         """One that ends the other's wait meanwhile does not have it woken twice."""
         until = later(SHORT)

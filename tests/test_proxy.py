@@ -416,6 +416,21 @@ class ConnectionTest(unittest.TestCase):
             self.assertEqual("fast", other.response().json["id"])
             self.assertEqual(3, sum(request.path == "/api/chat" for request in standin.requests))
 
+    def test_a_mistake_behind_the_answer(self):
+        """It costs the connection and a trace: the request has ended, and those who wait have their turn."""
+        from portway.metrics import Metrics
+
+        # one that ends at once, one that ends on a worker, one that has waited
+        for path, body in (("/v1/models/fast", None), ("/portway/residency", None), ("/v1/chat/completions", ASK)):
+            with self.subTest(path), StandIn() as standin, Daemon(toml(standin.url, "max_requests = 1")) as daemon:
+                mistake = mock.patch.object(Metrics, "observe", side_effect=RuntimeError("a mistake"))
+                with mistake, mock.patch("threading.excepthook"), daemon.client() as client:
+                    self.assertEqual(200, client.call("POST" if body else "GET", path, body).status)
+                    self.assertTrue(client.at_end())
+                    wait_for(lambda: daemon.in_flight == 0, "its end")
+                with daemon.client() as client:
+                    self.assertEqual(200, client.call("POST", "/v1/chat/completions", ASK).status)
+
     def test_who_left_waits_no_longer(self):
         """Clients that leave and come again, as one with a short timeout does, leave nothing behind in the queue."""
         with StandIn() as standin, Daemon(toml(standin.url, "max_requests = 2")) as daemon:
