@@ -163,8 +163,12 @@ class Task:
         """On the loop again."""
         self.on_loop = True
         self._loop.tasks.add(self)
-        self.returning()
-        self._step(True)
+        try:
+            self.returning()
+        except OSError as exc:
+            self._step(None, exc)
+        else:
+            self._step(True)
 
     def _end_told(self) -> None:
         self._end(tell=True)

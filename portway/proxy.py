@@ -837,8 +837,12 @@ class Server(ThreadingHTTPServer):
 
     def process_request(self, request: Any, client_address: Any) -> None:
         """A new connection. Its Handler attaches itself to the loop."""
-        request.setblocking(False)
-        request.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        try:
+            request.setblocking(False)
+            request.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        except OSError:  # macOS: of a client that has reset its connection already
+            request.close()
+            return
         if len(self._open) >= self._limit and not self._evict(1):
             request.close()
             return

@@ -435,6 +435,7 @@ class _Connection:
         poller = select.poll()
         poller.register(self._sock, 0)  # Linux reports errors unasked; elsewhere this only waits
         poller.poll(RESET_MS)
+        await watch.on_loop()
         return self._sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR) != 0
 
     async def _rest_of_head(self, data: bytes, watch: Watch, patience: Patience) -> bytes:
@@ -557,6 +558,7 @@ class _Dialer:
             if self._tls is None:
                 await watch.on_thread()  # the system's certificates are read from files
                 self._tls = ssl.create_default_context()
+                await watch.on_loop()
             secure = self._tls.wrap_socket(sock, server_hostname=self._backend.host, do_handshake_on_connect=False)
         except OSError as exc:
             raise self._failed(exc) from exc
