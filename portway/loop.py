@@ -183,12 +183,15 @@ class Task:
 class _Entry:
     """A registered descriptor: who is told of it. stirred: a client's, always; task: who waits for it now.
     others: further ones who do, for the same; each has its turn as long as there is something to be read:
-    identical requests share one line (cache/flights.py)."""
+    identical requests share one line (cache/flights.py). made_in: which round of the loop."""
 
-    __slots__ = ("mask", "others", "sock", "stirred", "task")
+    __slots__ = ("made_in", "mask", "others", "sock", "stirred", "task")
 
-    def __init__(self, sock: socket.socket, mask: int, stirred: Callable[[int], None] | None = None) -> None:
+    def __init__(
+        self, sock: socket.socket, mask: int, made_in: int, stirred: Callable[[int], None] | None = None
+    ) -> None:
         self.sock = sock
+        self.made_in = made_in
         self.mask = mask
         self.stirred = stirred
         self.task: Task | None = None
@@ -218,6 +221,7 @@ class Loop:
         self._poller = poller or _best_poller()
         self._entries: dict[int, _Entry] = {}
         self._posted: deque[Callable[[], None]] = deque()
+        self._rounds = 0
         self._put_off: deque[Callable[[], None]] = deque()
         self._mouth, self._ear = socket.socketpair()
         self._mouth.setblocking(False)
@@ -271,10 +275,11 @@ class Loop:
         entries = self._entries
         left = max(0.0, min(self._next, until) - time.monotonic())
         ready = self._poller.poll(min(left, REST) if self._put_off else left)
+        self._rounds += 1
         for fd, events in ready:
             entry = entries.get(fd)
-            if entry is None:
-                continue  # closed by what came before it in this very round
+            if entry is None or entry.made_in == self._rounds:
+                continue  # closed by what came before it in this very round, and its number maybe another's already
             if entry.task is not None:
                 entry.task.wake(ready=True)
             elif entry.stirred is not None:
@@ -300,7 +305,7 @@ class Loop:
         """Call `stirred` with the events whenever something comes in, until `detach`."""
         fd = sock.fileno()
         self._register(fd, mask)
-        self._entries[fd] = _Entry(sock, mask, stirred)
+        self._entries[fd] = _Entry(sock, mask, self._rounds, stirred)
 
     def watch_for(self, sock: socket.socket, mask: int) -> None:
         """Look for other events on an attached socket."""
@@ -324,7 +329,7 @@ class Loop:
             entry = self._entries.get(fd)
             if entry is None or entry.sock is not sock:  # new, or its number was another's, which is closed
                 self._register(fd, events)
-                entry = self._entries[fd] = _Entry(sock, events)
+                entry = self._entries[fd] = _Entry(sock, events, self._rounds)
             elif entry.mask != events:
                 self._poller.modify(fd, events)
                 entry.mask = events

@@ -443,6 +443,42 @@ class Trouble(LoopCase):
         self.assertEqual([], running.reported)
 
     @each_poller
+    def test_a_number_that_is_another_socket_s_by_then(self, running: Running) -> None:
+        """An event of a socket that was closed in this very round is not told to who has got its number since."""
+        first, first_end = self.pair()
+        second, _ = self.pair()
+        third, third_end = self.pair()
+        stirred: list[str] = []
+
+        def on_first(_events: int) -> None:
+            stirred.append("first")
+            running.loop.detach(first)
+            running.loop.detach(second)
+            os.dup2(third.fileno(), number)  # closes the second one, and takes its number
+            running.loop.attach(second, lambda _events: stirred.append("third"))
+
+        def attach() -> None:
+            running.loop.attach(first, on_first)
+            running.loop.attach(second, lambda _events: stirred.append("second"))
+
+        number = second.fileno()
+        poll = running.poller.poll
+
+        def both_at_once(timeout: float) -> list[tuple[int, int]]:
+            ready = dict(poll(timeout))
+            return [(first.fileno(), POLLIN), (number, POLLIN)] if first.fileno() in ready else list(ready.items())
+
+        running.call(attach)
+        running.call(lambda: setattr(running.poller, "poll", both_at_once))
+        first_end.send(b"x")
+        wait_for(lambda: bool(stirred), "the first one's being told")
+        self.assertIs(False, running.start(lambda task: task.wait(None, 0, later(SHORT))).result())
+        self.assertEqual(["first"], stirred)
+        third_end.send(b"x")
+        wait_for(lambda: "third" in stirred, "its own event")
+        running.call(lambda: running.loop.detach(second))
+
+    @each_poller
     def test_a_mistake(self, running: Running) -> None:
         """What raises is reported, and everything else goes on."""
         mistake = RuntimeError("a mistake")
