@@ -8,18 +8,18 @@ not fail by itself. Knows no HTTP.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field
-from functools import partial
-from typing import TYPE_CHECKING
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import lru_cache, partial
+from typing import TYPE_CHECKING, Any
 
 from portway.cache import replay
 from portway.cache.flights import Crashed, Flights, Landed, Leader
-from portway.cache.rules import Control, is_storable, request_key, why_bypassed
+from portway.cache.rules import Control, Keys, is_storable, why_bypassed
 from portway.call import Composed
 from portway.errors import ClientError, PortwayError
 from portway.wire.events import WireError
+from portway.wire.http1 import field_lines
 
 if TYPE_CHECKING:
     from portway.cache.store import Cache, Entry
@@ -38,7 +38,39 @@ class Facts:
     attempts: str = ""
     warnings: tuple[str, ...] = ()
     age: int | None = None
-    headers: Mapping[str, str] = field(default_factory=dict)  # further ones
+    headers: Mapping[str, str] | None = None  # further ones
+
+    def to_json(self) -> dict[str, Any]:
+        """As a chunk's `portway`."""
+        told: dict[str, Any] = {"served_by": self.served_by, "cache": self.cache}
+        if self.attempts:
+            told["attempts"] = self.attempts
+        if self.warnings:
+            told["warnings"] = list(self.warnings)
+        return told
+
+    def fields(self) -> bytes:
+        """As header fields."""
+        if not (self.attempts or self.warnings or self.headers or self.age is not None):
+            return _plain_fields(self.served_by, self.cache)
+        headers = {"X-Served-By": self.served_by, "X-Cache": self.cache}
+        if self.attempts:
+            headers["X-Portway-Attempts"] = self.attempts
+        if self.warnings:
+            headers["X-Portway-Warning"] = "; ".join(self.warnings)
+        if self.age is not None:
+            headers["Age"] = str(self.age)
+        return fields_of({**headers, **(self.headers or {})})
+
+
+def fields_of(headers: Mapping[str, str]) -> bytes:
+    """Header fields, each with its line end."""
+    return "".join(field_lines(headers)).encode("latin-1", "replace")
+
+
+@lru_cache(maxsize=256)
+def _plain_fields(served_by: str, cache: str) -> bytes:
+    return fields_of({"X-Served-By": served_by, "X-Cache": cache})
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,7 +84,7 @@ class Shared:
 
 
 class Found:
-    """An answer, whole in the cache or on its way from a target. Read it by `pieces` or by `body`.
+    """An answer, whole in the cache or on its way from a target. Read it by `piece` or by `body`; then `close`.
 
     served: who answers; None = nobody has to, `document` has the answer. attempts: all of them, for the log.
     """
@@ -74,6 +106,7 @@ class Found:
         self.leader: Leader[Shared] | None = None
         self._call = call
         self._kept_bytes = 0
+        self._begun = False
 
     def body(self) -> bytes:
         """The plain answer."""
@@ -81,16 +114,19 @@ class Found:
             return replay.replay(self.document, self._call, self.facts.served_by)
         return self.served.whole or b""
 
-    def pieces(self) -> Iterator[bytes]:
-        """The stream, as Answer.pieces has it."""
-        if self.served is None:
-            yield replay.replay(self.document, self._call, self.facts.served_by)
-            return
-        self._keep(self.served.first)
-        yield self.served.first
-        for piece in self.served.rest:
+    async def piece(self) -> bytes:
+        """The stream's next events, as Answer.piece has it."""
+        served = self.served
+        if served is not None and self._begun:
+            piece = await served.piece() if served.piece is not None else b""
+        elif served is not None:
+            piece = served.first
+        else:
+            piece = b"" if self._begun else replay.replay(self.document, self._call, self.facts.served_by)
+        self._begun = True
+        if piece and served is not None:
             self._keep(piece)
-            yield piece
+        return piece
 
     def late_warnings(self) -> list[str]:
         """Those that have come up since the answer began."""
@@ -109,10 +145,10 @@ class Found:
             raise error
         self.leader.client_left(error)
 
-    def close(self) -> None:
+    async def close(self) -> None:
         """Of the answer nothing more is read."""
         if self.served is not None:
-            self.served.answer.close()
+            await self.served.answer.close()
 
     def _keep(self, piece: bytes) -> None:
         if self.kept is not None:
@@ -123,6 +159,9 @@ class Found:
                 self.kept.append(piece)
 
 
+Use = Callable[[Found], Awaitable[None]]
+
+
 class Answers:
     """Finds answers by one configuration; `cache` and `flights` outlive it. cache: None = there is none."""
 
@@ -130,77 +169,95 @@ class Answers:
         self._router = router
         self._cache = cache
         self._flights = flights
+        self._keys = Keys()
 
-    @contextmanager
-    def find(self, call: Call, control: Control, watch: Watch, *, fallback: bool) -> Iterator[Found]:
-        """The answer, to be read and closed within. Raises what Router.serve does, and ClientError 504
-        where the client wants a stored answer or none; at the end, ClientGone or OSError if the client
+    async def find(self, call: Call, control: Control, watch: Watch, use: Use, *, fallback: bool) -> None:
+        """Find the answer and have `use` read and close it. Raises what Router.serve does, and ClientError
+        504 where the client wants a stored answer or none; at the end, ClientGone or OSError if the client
         left while its answer was read on for others."""
         cache = self._cache
-        if cache is None or cache.is_off or control.no_store or why_bypassed(call, call.model.cache):
+        lifetime = call.model.cache
+        if lifetime <= 0 or cache is None or cache.is_off or control.no_store or why_bypassed(call, lifetime):
             _refuse_if_only_cached(control)
-            found = _of(call, self._router.serve(call, watch, fallback=fallback), "BYPASS")
+            found = _of(call, await self._router.serve(call, watch, fallback=fallback), "BYPASS")
             watch.phase = "answer"
-            yield found
+            await use(found)
             return
-        search = _Search(self._router, cache, call, control, fallback)
+        key = self._keys.of(call, call.model)
+        search = _Search(self._router, cache, call, key, control, fallback)
         stored = None if control.no_cache else search.stored()
         if stored is not None:
             watch.phase = "answer"
-            yield stored
+            await use(stored)
             return
+        if control.only_if_cached:
+            search.missed()
         _refuse_if_only_cached(control)
         if control.no_cache:
-            yield from search.of_target(watch)
+            await search.of_target(watch, use)
         else:
-            yield from search.with_others(self._flights, watch)
+            await search.with_others(self._flights, watch, use)
 
 
 class _Search:
     """One call's way to an answer that may be kept."""
 
-    def __init__(self, router: Router, cache: Cache, call: Call, control: Control, fallback: bool) -> None:
+    def __init__(self, router: Router, cache: Cache, call: Call, key: bytes, control: Control, fallback: bool) -> None:
         self._router = router
         self._cache = cache
         self._call = call
         self._fallback = fallback
-        self._key = request_key(call, call.model)
+        self._key = key
         self._oldest = call.model.cache if control.max_age is None else min(call.model.cache, control.max_age)
         self._puts = cache.puts  # as long as it stands still, what was a miss is one
+        self._deadline = time.monotonic() + call.model.timeouts.total  # also of one who waits, and then has to ask
 
-    def stored(self, *, again: bool = False) -> Found | None:
-        """The cache's answer. again: asked for the second time, so that it is not counted twice."""
-        entry = self._cache.get(self._key, self._call.model.name, self._oldest, count=not again)
-        return None if entry is None else _told_again(self._call, entry)
+    def stored(self) -> Found | None:
+        """The cache's answer, which counts as a hit; None is no miss as long as another's may come."""
+        entry = self._cache.get(self._key, self._call.model.name, self._oldest, count=False)
+        if entry is None:
+            return None
+        self._count(hit=True)
+        return _told_again(self._call, entry)
 
-    def with_others(self, flights: Flights[Shared], watch: Watch) -> Iterator[Found]:
+    def missed(self) -> None:
+        """The cache did not help."""
+        self._count(hit=False)
+
+    def _count(self, *, hit: bool) -> None:
+        self._cache.count(self._key, self._call.model.name, hit=hit)
+
+    async def with_others(self, flights: Flights[Shared], watch: Watch, use: Use) -> None:
         """Another's answer to the same request, or a target's that others may share."""
         # without fallback nobody may get a demoted answer from another's call
         place = flights.join(self._key if self._fallback else self._key + b"!")
         if not isinstance(place, Leader):
-            outcome = place.wait(watch, time.monotonic() + self._call.model.timeouts.total)
+            outcome = await place.wait(watch, self._deadline)
             if not isinstance(outcome, Leader):
+                self._count(hit=isinstance(outcome, Landed))
                 watch.phase = "answer"
-                yield _shared(self._call, outcome)
+                await use(_shared(self._call, outcome))
                 return
             place = outcome
         with place as leader:
-            found = self.stored(again=True) if self._cache.puts != self._puts else None
+            found = self.stored() if self._cache.puts != self._puts else None
             if found is None:
-                yield from self.of_target(leader.watch(watch), leader)
+                self.missed()
+                await self.of_target(leader.watch(watch), use, leader)
             else:  # somebody else's came between our look and our turn
                 leader.publish(_sharing(found, found.document))
                 watch.phase = "answer"
-                yield found
+                await use(found)
 
-    def of_target(self, watch: Watch, leader: Leader[Shared] | None = None) -> Iterator[Found]:
+    async def of_target(self, watch: Watch, use: Use, leader: Leader[Shared] | None = None) -> None:
         """A target's answer, which is kept if it is fit for that, and told to those who wait."""
         call = self._call
-        found = _of(call, self._router.serve(call, watch, fallback=self._fallback), "MISS")
+        served = await self._router.serve(call, watch, fallback=self._fallback, deadline=self._deadline)
+        found = _of(call, served, "MISS")
         watch.phase = "answer"
         found.kept = [] if call.stream else None
         found.leader = leader
-        yield found
+        await use(found)
         _store(self._cache, self._key, call, found)
         if leader is not None:
             _publish(leader, found)
@@ -221,10 +278,11 @@ def _refuse_if_only_cached(control: Control) -> None:
 
 def _of(call: Call, served: Served, verdict: str) -> Found:
     """A target's."""
-    facts = Facts(served.model.name, verdict, _told(served.attempts), tuple(served.answer.warnings))
-    if isinstance(served.answer, Composed):
-        facts.served_by, facts.headers = served.answer.served_by, served.answer.headers
-    return Found(call, facts, served.attempts, served=served)
+    answer, attempts = served.answer, served.attempts
+    facts = Facts(served.model.name, verdict, _told(attempts), tuple(answer.warnings))
+    if isinstance(answer, Composed):
+        facts.served_by, facts.headers = answer.served_by, answer.headers
+    return Found(call, facts, attempts, served=served)
 
 
 def _told_again(call: Call, entry: Entry) -> Found:

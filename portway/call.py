@@ -3,20 +3,26 @@
 `Watch` is how a backend waits: it is handed in by whoever holds the client's connection, so
 that every wait also sees the client leave. `Answer` is how a backend answers. Neither knows
 a socket of the other side, and nothing here knows HTTP.
+
+Whatever may have to wait is a coroutine. On the daemon's loop (loop.py) its waits suspend it; with a
+Watch whose waits block it never suspends, and `finish` runs it like a function.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Coroutine, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol, TypeVar
 
 if TYPE_CHECKING:
     import socket
 
     from portway.config import Model
 
+T = TypeVar("T")
+
 Endpoint = Literal["chat", "completions", "embeddings"]
+ENDPOINTS: tuple[Endpoint, ...] = ("chat", "completions", "embeddings")
 
 # waiting: for a connection or for the backend to begin; loading: it says that it loads the model;
 # prompt: it has the request, nothing has come yet (Ollama loads within this one too); answer: it answers
@@ -44,8 +50,7 @@ class Call:
     fallback: bool = True
 
 
-@dataclass(frozen=True, slots=True)
-class Limits:
+class Limits(NamedTuple):
     """One attempt's limits. Times are seconds, the last two time.monotonic() values.
 
     answer_by: until then the first content must be in, so that time is left for the targets behind
@@ -101,18 +106,45 @@ class Watch(Protocol):
 
     phase: str
 
-    def readable(self, sock: socket.socket, until: float) -> bool:
+    async def readable(self, sock: socket.socket, until: float) -> bool:
         """Wait until `sock` can be read, or has failed: True; False once time.monotonic() passes
         `until`. Raises ClientGone as soon as the client is seen to have left."""
         ...
 
-    def writable(self, sock: socket.socket, until: float) -> bool:
+    async def writable(self, sock: socket.socket, until: float) -> bool:
         """The same for writing."""
         ...
 
-    def pause(self, until: float) -> None:
+    async def pause(self, until: float) -> None:
         """Wait for nothing but the time; raises ClientGone like the others."""
         ...
+
+    async def on_thread(self, *, for_good: bool = False) -> None:
+        """From here on waits block: to be awaited before anything that can do nothing else. for_good: to the
+        request's end; what runs coroutines by `finish` can't have them come back."""
+        ...
+
+    async def on_loop(self) -> None:
+        """What could only block is over, unless that was for good: waits need no thread, where there is a loop."""
+        ...
+
+
+def pieces_of(served: Served) -> Iterator[bytes]:
+    """All pieces of a stream, where waits block."""
+    yield served.first
+    while served.piece is not None and (piece := finish(served.piece())):
+        yield piece
+
+
+def finish(work: Coroutine[Any, Any, T]) -> T:
+    """Run a coroutine whose waits block to its end, on this thread."""
+    try:
+        work.send(None)
+    except StopIteration as end:
+        result: T = end.value
+        return result
+    work.close()
+    raise RuntimeError("a coroutine that was to block has suspended")
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,25 +166,25 @@ class Usage:
 class Answer(Protocol):
     """One backend's answer to a Call, already under the logical name that serves it.
 
-    Read it by exactly one of `pieces` and `whole`; then, always, `close`.
+    Read it by `piece`, or by `whole`; then, always, `close`.
     """
 
     tally: Tally
     warnings: list[str]  # X-Portway-Warning's words; may grow until the answer has ended
 
-    def pieces(self) -> Iterator[bytes]:
-        """Complete server-sent events, ready to send. The first piece ends with the first content
-        (text, reasoning or tool call): what comes before it, role-only frames, is held until then,
-        so that whoever asks for the first piece may still turn to another target. The last piece
-        ends with `data: [DONE]`. Raises BackendError; after the first piece only `stream_broken`,
-        `idle_timeout` or `total_timeout`."""
+    async def piece(self) -> bytes:
+        """The next complete server-sent events, ready to send; b"" behind the last ones. The first piece
+        ends with the first content (text, reasoning or tool call): what comes before it, role-only
+        frames, is held until then, so that whoever asks for the first piece may still turn to another
+        target. The last piece ends with `data: [DONE]`. Raises BackendError; after the first piece only
+        `stream_broken`, `idle_timeout` or `total_timeout`."""
         ...
 
-    def whole(self) -> bytes:
+    async def whole(self) -> bytes:
         """The answer as one JSON document. Raises BackendError."""
         ...
 
-    def close(self) -> None:
+    async def close(self) -> None:
         """Give the connection back if the answer was read to its end, else close it, which is
         how a backend learns that nobody listens any more."""
         ...
@@ -172,11 +204,16 @@ class Composed:
         """Further headers."""
         raise NotImplementedError
 
+    @property
+    def hosts(self) -> Sequence[str]:
+        """Where those who had a part in it run; empty if that is not known."""
+        raise NotImplementedError
+
 
 class Backend(Protocol):
     """One kind of server behind Portway."""
 
-    def open(self, call: Call, target: Model, limits: Limits, watch: Watch) -> Answer:
+    async def open(self, call: Call, target: Model, limits: Limits, watch: Watch) -> Answer:
         """Send `call` to `target` and return once the answer's head is in. Raises BackendError
         (also for what this kind can't do: reason `unsupported`) and ClientGone."""
         ...
@@ -190,14 +227,22 @@ class Backend(Protocol):
 class Served:
     """Who answers, and after which attempts.
 
-    A stream has its `first` piece, read before the target was settled on, and the `rest`; a plain
-    answer is `whole`.
+    A stream has its `first` piece, read before the target was settled on; `piece` gives the others, as
+    Answer.piece does. A plain answer is `whole`. queued: seconds spent waiting for a place in memory or at
+    a backend.
     """
 
     model: Model
     answer: Answer
     attempts: list[Attempt]
     first: bytes = b""
-    rest: Iterable[bytes] = ()
-    queued: float = 0.0  # seconds spent waiting for a place in memory or at a backend
+    piece: Callable[[], Coroutine[Any, Any, bytes]] | None = None
+    queued: float = 0.0
     whole: bytes | None = None
+
+    @property
+    def hosts(self) -> Sequence[str]:
+        """Where the answer was made: its backend's host, or those of all who had a part in it."""
+        if isinstance(self.answer, Composed):
+            return self.answer.hosts
+        return (self.model.backend.host,)

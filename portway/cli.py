@@ -41,6 +41,7 @@ Commands:
   models     every model: its size, whether it is there, whether it fits
   stats      what the log says: requests, hits, demotions, times, dollars saved
   cache      show, purge or switch off the stored answers
+  key        make, list and remove API keys, each for some models or rates
   demo       show what Portway does, with no model server installed
   ask-install  put the `ask` command into ~/.local/bin
   standin    run the stand-in for Ollama by itself
@@ -208,7 +209,7 @@ def _dispatch(words: list[str]) -> int:
     if name == "--version":
         return _show(f"portway {__version__}\n")
     # these read their words themselves
-    own_words = {"standin": _standin, "stats": _stats, "cache": _cache, "service": _service}
+    own_words = {"standin": _standin, "stats": _stats, "cache": _cache, "key": _key, "service": _service}
     if name in own_words:
         return own_words[name](rest)
     if name in _RESIDENCY:
@@ -229,14 +230,15 @@ _RESIDENCY = ("ps", "load", "unload", "models")
 
 
 def _serve(options: dict[str, Any]) -> int:
-    from portway import config, proxy
+    from portway import config
+    from portway.commands import serve
 
     try:
         loaded = config.load(options.get("--config"), os.environ)
     except config.ConfigError as exc:
         return _refuse(exc)
     listening = _listen_elsewhere(loaded, options.get("--host"), options.get("--port"))
-    return proxy.serve(listening, config_path=options.get("--config"), environ=os.environ)
+    return serve.serve(listening, config_path=options.get("--config"), environ=os.environ)
 
 
 def _check(options: dict[str, Any]) -> int:
@@ -297,22 +299,27 @@ def _standin(words: list[str]) -> int:
 
 def _stats(words: list[str]) -> int:
     from portway import config
-    from portway.commands import stats
+    from portway.commands import probe, stats
 
+    if _asks_for_help(words):
+        return stats.main(words)
+    path, words = _take_config(words)
     try:
-        file = config.load(None, os.environ).log.file
+        loaded = config.load(path, os.environ)
     except config.ConfigError as exc:
         return _refuse(exc)
-    named = any(word.partition("=")[0] == "--log" for word in words)
-    return stats.main([*words, "--log", file] if file and not named else words)
+    return stats.main(words, os.environ, log=loaded.log.file, health=lambda: probe.health(loaded, os.environ))
 
 
 def _residency(name: str, words: list[str]) -> int:
     from portway import config
     from portway.commands import residency as residency_cli
 
+    if _asks_for_help(words):
+        return _show(residency_cli.HELP[name])
+    path, words = _take_config(words)
     try:
-        loaded = config.load(None, os.environ)
+        loaded = config.load(path, os.environ)
     except config.ConfigError as exc:
         return _refuse(exc)
     return residency_cli.main(name, words, loaded)
@@ -323,11 +330,20 @@ def _cache(words: list[str]) -> int:
     from portway.cache import file as cache_file
     from portway.commands import cache as cache_cli
 
+    if _asks_for_help(words):
+        return _show(cache_cli.HELP)
+    path, words = _take_config(words)
     try:
-        file = config.load(None, os.environ).cache.file
+        file = config.load(path, os.environ).cache.file
     except config.ConfigError as exc:
         return _refuse(exc)
     return cache_cli.main(words, file or cache_file.default_path(os.environ))
+
+
+def _key(words: list[str]) -> int:
+    from portway.commands import keys
+
+    return keys.main(words, os.environ)
 
 
 def _show(text: str) -> int:
@@ -344,20 +360,13 @@ def _listen_elsewhere(config: Config, host: str | None, port: int | None) -> Con
     """`config` with the address of the command line, under the rule that the file is under."""
     from dataclasses import replace
 
-    if host is not None and not config.server.api_keys and not _is_loopback(host):
+    from portway.config import is_loopback
+
+    if host is not None and not config.server.api_keys and not is_loopback(host.lower()):
         raise _UsageError(f"--host {host}: other machines can reach it, and server.api_keys is empty")
     server = config.server
     server = replace(server, host=server.host if host is None else host, port=server.port if port is None else port)
     return replace(config, server=server)
-
-
-def _is_loopback(host: str) -> bool:
-    import ipaddress
-
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"
 
 
 # --- The options -----------------------------------------------------------------------------
@@ -384,6 +393,26 @@ def _read_options(
             raise _UsageError(f"{name} needs a value")
         options[name] = read(given)
     return options
+
+
+def _asks_for_help(words: Sequence[str]) -> bool:
+    """Then no configuration is read: it may be what help is needed with."""
+    return "--help" in words or "-h" in words
+
+
+def _take_config(words: Sequence[str]) -> tuple[str | None, list[str]]:
+    """The value of --config, wherever it stands, and the words without it."""
+    path, left = None, []
+    rest = iter(words)
+    for word in rest:
+        name, equals, value = word.partition("=")
+        if name != "--config":
+            left.append(word)
+            continue
+        path = value if equals else next(rest, "")
+        if not path:
+            raise _UsageError("--config needs a value")
+    return path, left
 
 
 def _port(text: str) -> int:

@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any, Literal, NamedTuple
 
-from portway import fields, panels
+from portway import fields, keys, panels
 from portway.fields import Mistake
 
 
@@ -28,12 +28,12 @@ class Server:
 
     host: str = "127.0.0.1"
     port: int = 11436  # 0 = the system picks one
-    api_keys: tuple[str, ...] = ()  # resolved: no "env:" left
+    api_keys: tuple[keys.Key, ...] = ()  # those of keys.toml, too
     allowed_hosts: tuple[str, ...] = ()  # lower-case
     allowed_origins: tuple[str, ...] = ()  # lower-case
     heartbeat: float = 15.0  # silence after which a streaming client hears `: portway`
     max_body: int = 32 * 1024 * 1024
-    max_requests: int = 256  # requests worked on at once; one thread each
+    max_requests: int = 256  # requests worked on at once; others wait for their turn
     max_connections: int = 12_000  # open client connections, idle ones included
     header_timeout: float = 10.0  # from a request's first byte to the end of its head
     body_timeout: float = 60.0  # from the end of its head to the end of its body
@@ -188,13 +188,18 @@ class Config:
 
     def flagged(self, flag: str) -> Model | None:
         """The model behind a flag of `ask`; "default": the one marked so, else the first; "council": the
-        first of that kind."""
+        one that has it, else the first of that kind."""
         models = self.models.values()
-        if flag == "council":
-            return next((model for model in models if isinstance(model.panel, panels.Council)), None)
         if flag == "default":
             return next((model for model in models if model.default), next(iter(models)))
-        return next((model for model in models if model.flag == flag), None)
+        found = next((model for model in models if model.flag == flag), None)
+        if found is None and flag == "council":
+            return next((model for model in models if isinstance(model.panel, panels.Council)), None)
+        return found
+
+    def flag_of(self, model: Model) -> str:
+        """The flag by which `ask` means that model; "" if it has none."""
+        return model.flag or ("council" if self.flagged("council") is model else "")
 
     def near(self, name: str) -> list[str]:
         """Up to three names to ask for instead of an unknown one, the likeliest first.
@@ -241,7 +246,18 @@ def find(path: str | None, environ: Mapping[str, str]) -> str:
 
 def load(path: str | None, environ: Mapping[str, str]) -> Config:
     """Find, read and check the configuration. Raises ConfigError."""
-    return _checked(_read(find(path, environ)), environ)
+    return _checked(_read(find(path, environ), environ), environ)
+
+
+def load_with(path: str | None, environ: Mapping[str, str], key_text: str) -> Config:
+    """The same as if keys.toml held `key_text`: what would be if that were written. Raises ConfigError."""
+    return _checked(_read(find(path, environ), environ)._replace(keys=key_text.encode()), environ)
+
+
+def keys_path(path: str, environ: Mapping[str, str]) -> str:
+    """Where keys.toml is: beside the configuration at `path`, in the user's own folder if that is the shipped one."""
+    beside = _own_path(environ) if path == _shipped_path() else os.path.abspath(path)
+    return os.path.join(os.path.dirname(beside), keys.FILE)
 
 
 def parse(text: str, path: str, environ: Mapping[str, str]) -> Config:
@@ -272,13 +288,13 @@ class ConfigWatcher:
 
     def reload(self) -> Config:
         """Read the file now, changed or not: the start and SIGHUP. Raises ConfigError."""
-        source = _read(self._path())
+        source = self._read_again()
         self._read, self._stamp, self._seen = source, source.stamp, source.stamp
         return _checked(source, self._environ)
 
     def changed(self) -> bool:
         """Look at the file: does it differ from what was read last, and hold still?"""
-        stamp = _look(self._path())
+        stamp = _look(self._path(), self._environ)
         settled = stamp == self._seen
         self._seen = stamp
         return settled and stamp is not None and stamp != self._stamp
@@ -292,11 +308,19 @@ class ConfigWatcher:
             return None
         before = self._read
         self._stamp = self._seen  # also if reading fails: said once, not every second
-        source = _read(self._path())
+        source = self._read_again()
         self._read, self._stamp = source, source.stamp
-        if before is not None and (before.path, before.data) == (source.path, source.data):
+        if before is not None and before[:3] == source[:3]:
             return None
         return _checked(source, self._environ)
+
+    def _read_again(self) -> _Source:
+        """Keys that were there do not go with their file: that would let everybody in."""
+        source = _read(self._path(), self._environ)
+        if source.keys is None and self._read is not None and self._read.keys is not None:
+            problem = f"{keys_path(source.path, self._environ)} is gone; its keys stay in force until a restart"
+            raise ConfigError(source.path, [Mistake("", problem, "`portway key remove` for each")])
+        return source
 
     def _path(self) -> str:
         found = find(self._asked, self._environ)
@@ -304,19 +328,21 @@ class ConfigWatcher:
 
 
 class _Stamp(NamedTuple):
-    """What tells one state of a file from another without reading it."""
+    """What tells one state of a file, and of the keys.toml that goes with it, from another without reading it."""
 
     path: str
     mtime_ns: int
     size: int
     inode: int
+    keys: tuple[int, int, int] | None = None
 
 
 class _Source(NamedTuple):
-    """A configuration as read. `mode` and `stamp` are None where there is no file of its own."""
+    """A configuration as read. keys: keys.toml's text. mode, stamp: None where there is no file of its own."""
 
     path: str
     data: bytes
+    keys: bytes | None = None
     mode: int | None = None
     stamp: _Stamp | None = None
 
@@ -336,17 +362,27 @@ def _shipped_path() -> str:
     return cloned if os.path.exists(cloned) and not os.path.exists(packed) else packed
 
 
-def _read(path: str) -> _Source:
+def _read(path: str, environ: Mapping[str, str]) -> _Source:
+    own_keys = _read_keys(keys_path(path, environ))
     try:
         with open(path, "rb") as file:
             data = file.read()
             status = os.fstat(file.fileno())
-        return _Source(path, data, status.st_mode, _stamp(path, status))
+        return _Source(path, data, own_keys, status.st_mode, _stamp(path, status, environ))
     except (FileNotFoundError, NotADirectoryError) as exc:
         packed = _read_packed(path)
         if packed is None:
             raise _unreadable(path, exc) from exc
-        return _Source(path, packed)
+        return _Source(path, packed, own_keys)
+    except OSError as exc:
+        raise _unreadable(path, exc) from exc
+
+
+def _read_keys(path: str) -> bytes | None:
+    try:
+        return keys.read_file(path)
+    except NotADirectoryError:
+        return None
     except OSError as exc:
         raise _unreadable(path, exc) from exc
 
@@ -363,15 +399,20 @@ def _read_packed(path: str) -> bytes | None:
         return None
 
 
-def _look(path: str) -> _Stamp | None:
+def _look(path: str, environ: Mapping[str, str]) -> _Stamp | None:
     try:
-        return _stamp(path, os.stat(path))
+        return _stamp(path, os.stat(path), environ)
     except OSError:  # missing for a moment, or in an archive, which doesn't change
         return None
 
 
-def _stamp(path: str, status: os.stat_result) -> _Stamp:
-    return _Stamp(path, status.st_mtime_ns, status.st_size, status.st_ino)
+def _stamp(path: str, status: os.stat_result, environ: Mapping[str, str]) -> _Stamp:
+    try:
+        beside = os.stat(keys_path(path, environ))
+    except OSError:
+        return _Stamp(path, status.st_mtime_ns, status.st_size, status.st_ino)
+    its = (beside.st_mtime_ns, beside.st_size, beside.st_ino)
+    return _Stamp(path, status.st_mtime_ns, status.st_size, status.st_ino, its)
 
 
 def _unreadable(path: str, exc: OSError) -> ConfigError:
@@ -383,8 +424,10 @@ def _checked(source: _Source, environ: Mapping[str, str]) -> Config:
     reader = fields.Reader()
     values = reader.table(schema(environ), document, "")
     backends, models = values.get("backends", {}), values.get("models", {})
+    own_keys = _own_keys(reader, source, environ)
     _check_any(reader, document)
-    _check_server(reader, values.get("server", {}), document)
+    _check_server(reader, values.get("server", {}), document, own_keys)
+    _check_keys(reader, values.get("server", {}), own_keys, models)
     _check_loop(reader, values.get("server", {}), backends)
     _check_cooldown(reader, values.get("cooldown", {}))
     _check_backends(reader, models, backends)
@@ -395,7 +438,16 @@ def _checked(source: _Source, environ: Mapping[str, str]) -> Config:
     _check_flags(reader, models)
     if reader.mistakes:
         raise ConfigError(source.path, reader.mistakes)
-    return _built(source, values, document)
+    return _built(source, values, document, own_keys)
+
+
+def _own_keys(reader: fields.Reader, source: _Source, environ: Mapping[str, str]) -> tuple[Any, ...]:
+    """The entries of keys.toml."""
+    if source.keys is None:
+        return ()
+    document = _toml(_Source(keys_path(source.path, environ), source.keys))
+    read: tuple[Any, ...] = reader.table(keys.file_table(environ), document, keys.FILE).get("keys", ())
+    return read
 
 
 def _toml(source: _Source) -> dict[str, Any]:
@@ -456,7 +508,7 @@ def _server(environ: Mapping[str, str]) -> fields.Table:
         {
             "host": fields.host,
             "port": fields.whole(0, 65_535),
-            "api_keys": fields.ListOf(fields.secret(environ), 'a list of "sk-.." or "env:NAME"'),
+            "api_keys": fields.ListOf(keys.kind(environ), f"a list of keys: {keys.ALLOWED}, or a table with `key`"),
             "allowed_hosts": fields.ListOf(fields.host_name, 'a list of host names, like "box.lan"'),
             "allowed_origins": fields.ListOf(fields.origin, 'a list of origins, like "http://localhost:3000"'),
             "heartbeat": fields.seconds(0.01, 3600),
@@ -571,10 +623,10 @@ def _check_any(reader: fields.Reader, document: _Values) -> None:
         reader.refuse("models", "missing: there is nothing to ask for", "at least one [models.NAME]")
 
 
-def _check_server(reader: fields.Reader, server: _Values, document: _Values) -> None:
+def _check_server(reader: fields.Reader, server: _Values, document: _Values, own_keys: Sequence[Any]) -> None:
     host = server.get("host", Server().host)
     section = document.get("server", {})
-    if _is_loopback(host) or (isinstance(section, dict) and section.get("api_keys")):
+    if is_loopback(host) or own_keys or (isinstance(section, dict) and section.get("api_keys")):
         return
     reader.refuse(
         "server.host",
@@ -583,7 +635,22 @@ def _check_server(reader: fields.Reader, server: _Values, document: _Values) -> 
     )
 
 
-def _is_loopback(host: str) -> bool:
+def _check_keys(reader: fields.Reader, server: _Values, own_keys: Sequence[Any], models: _Values) -> None:
+    entries = [(f"server.api_keys[{index}]", entry) for index, entry in enumerate(server.get("api_keys", ()))]
+    entries += [(f"{keys.FILE}.keys[{index}]", entry) for index, entry in enumerate(own_keys)]
+    keys.check(reader, entries, _names(models))
+
+
+def _names(models: _Values) -> dict[str, str]:
+    """Every name and alias -> the model's name."""
+    found = {name: name for name in models}
+    for name, model in models.items():
+        found |= {alias: name for alias in model.get("aliases", ()) if alias is not fields.BAD and alias not in models}
+    return found
+
+
+def is_loopback(host: str) -> bool:
+    """Whether only this machine can reach what listens there."""
     return host in ("localhost", "::1") or re.fullmatch(r"127(\.[0-9]{1,3}){3}", host) is not None
 
 
@@ -591,7 +658,7 @@ def _check_loop(reader: fields.Reader, server: _Values, backends: _Values) -> No
     own_host, own_port = server.get("host", Server().host), server.get("port", Server().port)
     for name, backend in backends.items():
         url = backend.get("url")
-        if url is not None and url.port == own_port and (_is_loopback(url.host) or url.host == own_host):
+        if url is not None and url.port == own_port and (is_loopback(url.host) or url.host == own_host):
             key = f"{fields.dotted('backends', name)}.url"
             reader.refuse(key, f"{fields.shown(url.text)} is where Portway itself listens", "another server")
 
@@ -711,13 +778,15 @@ def _check_flags(reader: fields.Reader, models: _Values) -> None:
 # --- Building the values ---------------------------------------------------------------------
 
 
-def _built(source: _Source, values: _Values, document: _Values) -> Config:
+def _built(source: _Source, values: _Values, document: _Values, own_keys: Sequence[Any]) -> Config:
     backends = {name: _built_backend(name, given) for name, given in values.get("backends", {}).items()}
     models = {name: _built_model(name, given, backends) for name, given in values["models"].items()}
     names = {name: name for name in models} | {alias: name for name, model in models.items() for alias in model.aliases}
+    server = dict(values.get("server", {}))
+    server["api_keys"] = keys.built((*server.get("api_keys", ()), *own_keys), names)
     return Config(
         path=source.path,
-        server=Server(**values.get("server", {})),
+        server=Server(**server),
         backends=MappingProxyType(backends),
         models=MappingProxyType(models),
         names=MappingProxyType(names),
@@ -777,8 +846,7 @@ def _warn_readable(source: _Source, document: _Values) -> Iterator[str]:
 
 
 def _secrets(document: _Values) -> Iterator[tuple[str, str]]:
-    for index, secret in enumerate(document.get("server", {}).get("api_keys", ())):
-        yield f"server.api_keys[{index}]", secret
+    yield from keys.inside(document.get("server", {}))
     for name, backend in document.get("backends", {}).items():
         if "api_key" in backend:
             yield f"{fields.dotted('backends', name)}.api_key", backend["api_key"]

@@ -259,9 +259,10 @@ def tier(value: object) -> str:
     raise Refused(_unfit(value, str), "small letters, digits and hyphens, and none of ask's own options")
 
 
-# what `ask` already understands behind two hyphens; a test compares
+# what `ask` already understands behind two hyphens (a test compares), and "flag:default"
 _ASK_OPTIONS = frozenset(
-    "help version json schema no-cache refresh strict last show-thinking completion council default".split()
+    "completion default extract file help json last model no-cache no-input refresh schema show-thinking strict system"
+    " temperature tiers verbose version".split()
 )
 
 
@@ -464,12 +465,13 @@ def _type(value: object) -> str:
 
 
 def shown(value: object) -> str:
-    """A value from the file, short and printable ASCII, whatever it holds."""
+    """A value from the file, short and printable ASCII, whatever it holds; of an address without user and password."""
     if isinstance(value, bool):
         return str(value).lower()
     if isinstance(value, int) and value.bit_length() > 200:  # str() refuses numbers of thousands of digits
         return "a huge number"
     text = ascii(value) if isinstance(value, str) else ascii(str(value))[1:-1]
+    text = re.sub(r"//[^/]*@", "//..@", text)
     return text if len(text) <= 80 else f"{text[:77]}..."
 
 

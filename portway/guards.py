@@ -9,13 +9,18 @@ anything else is looked at.
 from __future__ import annotations
 
 import hmac
+import re
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
+from portway.call import ENDPOINTS
 from portway.errors import ClientError
+from portway.keys import digest_of
 
 if TYPE_CHECKING:
     from portway.config import Config
+    from portway.keys import Key
+    from portway.quotas import Quotas
     from portway.wire.http1 import RequestHead
 
 
@@ -27,7 +32,7 @@ class Guards:
         self._hosts = frozenset((server.host.lower(), *server.allowed_hosts))
         self._anywhere = server.host.lower() not in _LOOPBACK  # then other machines may use an address of ours
         self._origins = frozenset(server.allowed_origins)
-        self._keys = [key.encode() for key in server.api_keys]
+        self._keys = server.api_keys
 
     def check(self, head: RequestHead) -> dict[str, str]:
         """Raises ClientError if the request may not be served; else the CORS headers of its answer."""
@@ -40,41 +45,68 @@ class Guards:
                 code="host_not_allowed",
             )
         cors = self._cors(headers)
-        if head.method == "POST" and not cors and not _is_json(headers) and _from_browser(headers):
+        if head.method == "POST" and not _is_json(headers) and _from_browser(headers):
             raise ClientError("Send Content-Type: application/json.", status=415, code="unsupported_media_type")
         return cors
 
-    def check_key(self, head: RequestHead) -> None:
-        """Raises ClientError 401 if keys are configured and the request brings none of them."""
+    def check_key(self, head: RequestHead) -> Key | None:
+        """The key that the request brings, None where none are configured. Raises ClientError 401."""
         if not self._keys:
-            return
-        scheme, _, key = head.headers.get("authorization", "").partition(" ")
-        given = key.strip().encode("latin-1") if scheme.lower() == "bearer" else b""
-        if sum(hmac.compare_digest(given, known) for known in self._keys) == 0:  # a sum looks at all of them
+            return None
+        found = self._key_of(head)
+        if found is None:
             raise ClientError(
                 "A valid API key is needed: send Authorization: Bearer with one of server.api_keys.",
                 status=401,
                 code="invalid_api_key",
                 headers={"WWW-Authenticate": "Bearer"},
             )
+        return found
+
+    def admit(self, head: RequestHead, route: str, quotas: Quotas) -> Key | None:
+        """The request's key, once it is seen to be good for the route of that name and counted; None where none is
+        needed. Raises ClientError 401, 403, 429."""
+        key = None if route in _OPEN else self.check_key(head)
+        if key is not None:
+            if route not in _FOR_MODELS:
+                key.check_everything()
+            if route in _COUNTED:
+                quotas.admit(key)
+        return key
+
+    def may_know_all(self, head: RequestHead) -> bool:
+        """Whether /health may tell this client more than that the server is well, without asking it for a key."""
+        if not self._keys:
+            return True
+        found = self._key_of(head)
+        return found is not None and not found.models
+
+    def _key_of(self, head: RequestHead) -> Key | None:
+        """The configured key that is given. All are compared, in a time that tells nothing of any of them."""
+        scheme, _, rest = head.headers.get("authorization", "").partition(" ")
+        given = rest.strip().encode("latin-1") if scheme.lower() == "bearer" else b""
+        digest, found = digest_of(given), None
+        for known in self._keys:
+            if hmac.compare_digest(digest, known.digest):
+                found = known
+        return found if given else None
 
     def _is_own_host(self, host: str) -> bool:
         """Whether no name server could have led a browser here by this name."""
-        name, port = _split_port(host.lower())
-        if port and not (port[0] == ":" and port[1:].isdigit()):
+        found = _HOST.fullmatch(host.lower())
+        if found is None:
             return False
+        name = found[1].strip("[]")
         if name in _LOOPBACK or name.endswith(".localhost") or name in self._hosts:
             return True
         return _is_address(name) and (self._anywhere or name.startswith("127."))
 
     def _cors(self, headers: Mapping[str, str]) -> dict[str, str]:
         origin = headers.get("origin")
-        if origin is None:
-            if headers.get("sec-fetch-site", "none") in ("none", "same-origin"):
-                return {}
-        elif origin in self._origins:
+        if origin in self._origins:
             return {"Access-Control-Allow-Origin": origin, "Vary": "Origin", "Access-Control-Expose-Headers": "*"}
-        elif origin.lower() == f"http://{headers.get('host', '')}".lower():
+        is_own = origin is None or origin.lower() == f"http://{headers.get('host', '')}".lower()
+        if is_own and headers.get("sec-fetch-site", "none") in ("none", "same-origin"):
             return {}
         raise ClientError(
             f"Web pages of {(origin or 'another site')[:128]!r} may not call this server; "
@@ -84,21 +116,23 @@ class Guards:
         )
 
 
+# routes by the names that the route table gives them
+_OPEN = ("get_health", "options")
+_COUNTED = ENDPOINTS  # against a key's rpm
+_FOR_MODELS = (*_COUNTED, "get_models", "get_model")  # what a key for some models alone is good for
+
 _LOOPBACK = ("localhost", "127.0.0.1", "::1")
 
 
-def _split_port(host: str) -> tuple[str, str]:
-    """(name or address without brackets, what stands behind it: "" or ":" and a port)."""
-    if host.startswith("["):
-        address, bracket, rest = host[1:].partition("]")
-        return address if ":" in address and bracket else "", rest
-    name, colon, port = host.partition(":")
-    return name, colon + port
+# a name or an address, an IPv6 one in brackets, and maybe a port
+_HOST = re.compile(r"([a-z0-9._-]+|\[[0-9a-f:.]+\])(?::[0-9]{1,5})?")
+_NUMBER = "(?:25[0-5]|2[0-4][0-9]|1[0-9][0-9]|[1-9]?[0-9])"
+_IPV4 = re.compile(rf"{_NUMBER}(?:\.{_NUMBER}){{3}}")
 
 
 def _is_address(name: str) -> bool:
     """Whether it is an IP literal: those can't be rebound, as no name is looked up."""
-    return ":" in name or (name.count(".") == 3 and name.replace(".", "").isdigit())
+    return ":" in name or _IPV4.fullmatch(name) is not None
 
 
 def _is_json(headers: Mapping[str, str]) -> bool:

@@ -12,9 +12,11 @@ from bisect import bisect_left
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
+from operator import attrgetter
 from typing import Literal
 
-from portway.telemetry import Record
+from portway.telemetry import Record, failure_of
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 OTHER = "other"  # the model of a request that names none that is configured
@@ -30,13 +32,14 @@ OVERHEAD = (0.00005, 0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025,
 class Reading:
     """A number that somebody else keeps, read at each scrape.
 
-    name: without `portway_`; a counter's ends with _total. read: a number, or one for each value of `label`.
+    name: without `portway_`; a counter's ends with _total. read: a number; with `labels` one for each
+    combination of their values.
     """
 
     name: str
     help: str
-    read: Callable[[], float | Mapping[str, float]]
-    label: str = "model"
+    read: Callable[[], float | Mapping[tuple[str, ...], float]]
+    labels: tuple[str, ...] = ()
     kind: Literal["gauge", "counter"] = "gauge"
 
 
@@ -62,19 +65,23 @@ class Metrics:
 
     def observe(self, record: Record) -> None:
         """Count a finished request."""
-        key: _Key = (_status(record), _cache(record), record.demoted)
+        model, started, first, ended, waited, prompt_tokens, completion_tokens = _NUMBERS(record)
+        labels = _labels(*_NAMES(record))
+        latency = ended - started
         with self._lock:
-            series = self._series.get(record.model) or self._series[OTHER]
-            series.requests[key] += 1
-            if not record.model:
+            series = self._series.get(model) or self._series[OTHER]
+            series.requests[labels] += 1
+            if not model:
                 return  # a list of models, /health: their times would only blur the others'
-            series.latency.add(record.latency)
-            if record.first is not None:
-                series.ttft.add(record.first - record.started)
-            if record.waited is not None:
-                series.overhead.add(record.latency - record.waited)
-            series.prompt_tokens += record.prompt_tokens or 0
-            series.completion_tokens += record.completion_tokens or 0
+            series.latency.add(latency)
+            if first is not None:
+                series.ttft.add(first - started)
+            if waited is not None:
+                series.overhead.add(latency - waited)
+            if prompt_tokens:
+                series.prompt_tokens += prompt_tokens
+            if completion_tokens:
+                series.completion_tokens += completion_tokens
 
     def render(self) -> bytes:
         """The whole page, as CONTENT_TYPE says."""
@@ -86,19 +93,22 @@ class Metrics:
         return "".join(f"{line}\n" for line in lines).encode("utf-8", "replace")
 
 
+_NUMBERS = attrgetter("model", "started", "first", "ended", "waited", "prompt_tokens", "completion_tokens")
+_NAMES = attrgetter("cancelled_in", "status", "error", "cache_hit", "model", "served_by")
 _Key = tuple[str, str, bool]  # status, cache, demoted; a NamedTuple would cost a fifth of observe()
 
 
-def _status(record: Record) -> str:
+@lru_cache(maxsize=256)  # most requests end alike
+def _labels(
+    cancelled_in: str | None, status: int, error: str, cache_hit: bool | None, model: str, served_by: str
+) -> _Key:
     """Bounded, too: a stream that broke has sent its 200, and counts as what it became."""
-    return "cancelled" if record.cancelled_in else _CLASSES.get(record.outcome, "5xx")
+    ended = "cancelled" if cancelled_in else _CLASSES.get(failure_of(cancelled_in, status, error), "5xx")
+    return ended, _CACHE[cache_hit], bool(served_by) and served_by != model
 
 
 _CLASSES = {0: "2xx", 4: "4xx"}
-
-
-def _cache(record: Record) -> str:
-    return "none" if record.cache_hit is None else "hit" if record.cache_hit else "miss"
+_CACHE = {None: "none", True: "hit", False: "miss"}
 
 
 class _Series:
@@ -134,9 +144,9 @@ class _Histogram:
 
     def add(self, value: float) -> None:
         """A value below 0 is a clock's imprecision."""
-        value = max(0.0, value)
         self.counts[bisect_left(self.bounds, value)] += 1
-        self.sum += value
+        if value > 0.0:
+            self.sum += value
 
     def copy(self) -> _Histogram:
         twin = _Histogram(self.bounds)
@@ -190,8 +200,8 @@ def _reading(reading: Reading) -> Iterator[str]:
     yield from _head(reading.name, reading.kind, reading.help)
     value = reading.read()
     if isinstance(value, Mapping):
-        for label, each in value.items():
-            yield _sample(reading.name, {reading.label: label}, each)
+        for texts, each in value.items():
+            yield _sample(reading.name, dict(zip(reading.labels, texts, strict=True)), each)
     else:
         yield _sample(reading.name, {}, value)
 

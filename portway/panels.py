@@ -38,7 +38,7 @@ class Council:
     on_partial: Literal["go_on", "fail"] = "go_on"  # what a member's failure leads to while there is a quorum
     parallel: bool | Literal["auto"] = "auto"  # members at the same time; auto = if they fit in memory together
     member_prompt: str = ""  # a system message for the members; "" = they see what the client sent
-    chairman_prompt: str = ""  # "" = council_prompts.CHAIRMAN
+    chairman_prompt: str = ""  # "" = council/prompts.py
 
     @property
     def needed(self) -> int:

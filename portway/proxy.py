@@ -1,25 +1,21 @@
 """The daemon: HTTP, guards, the route table, the one request pipeline, the relay to the client.
 
-    accept -> park -> worker: read a whole request -> guards -> ROUTES -> pipeline
-                                                                  read_call -> Router.serve -> relay
+    accept -> a client stirs -> a whole request -> guards -> ROUTES -> pipeline
+                                                                       read_call -> Answers.find -> relay
 
-One thread accepts and holds the connections on which nothing happens; a connection gets a worker
-thread when bytes are there and keeps it only while a whole request is being answered, so that
-neither idle nor slow clients can use the workers up. A worker waits for a backend in one poll() that
-also sees its client leave and the moment for a heartbeat (`ClientWatch`).
+One thread runs all of it (loop.py): a connection on which nothing happens costs a descriptor, and a
+request a coroutine, which waits for its backend while the loop goes on looking at its client
+(`ClientWatch`). What can only block (a council, a place in memory that is not free) takes a worker.
 """
 
 from __future__ import annotations
 
 import errno
 import os
+import re
 import select
-import selectors
-import signal
 import socket
 import socketserver
-import struct
-import sys
 import threading
 import time
 import traceback
@@ -29,51 +25,65 @@ from dataclasses import replace
 from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from itertools import islice
-from queue import Empty, SimpleQueue
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 from urllib.parse import unquote
 
-from portway.answers import Facts, Found, Shared
+from portway import stderr
+from portway.answers import Found, Shared, fields_of
 from portway.cache.flights import Flights
-from portway.cache.rules import parse_control
+from portway.cache.rules import Control, parse_control
 from portway.cache.store import Cache
-from portway.config import ConfigError, ConfigWatcher
+from portway.call import ENDPOINTS, Endpoint
+from portway.config import ConfigError, is_loopback
 from portway.errors import ClientError, ClientGone, PortwayError, Stopping
+from portway.fields import Mistake
+from portway.loop import HANGUP, POLLIN, Loop, Task
 from portway.memory import api as residency_api
+from portway.memory.measured import Notebook
 from portway.memory.residency import Residency
 from portway.metrics import CONTENT_TYPE, Metrics
+from portway.quotas import Quotas, spent
 from portway.request import find_model, read_call
 from portway.routing import ChainExhausted, Cooling
-from portway.state import State, open_cache, open_log
-from portway.telemetry import Log, Price, Record
-from portway.vitals import Vitals
+from portway.state import State, adjust, left_for_the_start
+from portway.telemetry import Log, Record
+from portway.vitals import BRIEF, Vitals
 from portway.watch import ClientWatch
 from portway.wire.events import DONE, dumps, loads_object, sse
-from portway.wire.http1 import MAX_HEAD, BadMessage, Incoming, RequestHead, as_client_error, parse_request
+from portway.wire.http1 import (
+    MAX_HEAD,
+    NO_HEAD,
+    BadMessage,
+    Heads,
+    Incoming,
+    Request,
+    RequestHead,
+    as_client_error,
+    head_too_long,
+    parse_request,
+)
 from portway.workers import InFlight, Workers
 
 if TYPE_CHECKING:
-    from portway.call import Attempt, Endpoint
+    from portway.call import Attempt
     from portway.config import Config
 
 RECEIVE = 65_536  # bytes asked of one recv()
-LINGER = 0.25  # seconds a worker stays with a connection after an answer; the next request often follows at once
-SETTLE_MS = 10  # how long a worker waits for the rest of a request; most clients send head and body in two writes
+ACCEPT = 64  # connections taken at one go
 SWEEP = 1.0  # seconds between two looks for connections that have waited too long
 MAX_PIPELINED = 262_144  # bytes read ahead while an answer is under way
-WATCH_CONFIG = 1.0  # seconds between two looks at the configuration file
-CLOSE_ASIDE = 2.0  # seconds given to the log's last lines at the end, and to the cache's last answers
+LARGE = 1_048_576  # bytes of a request that is read on a worker
 LAST_WORDS = 1.0  # seconds for cut requests to tell their clients and the log
 FRESH = 0.5  # seconds for which a connection without a request makes no room for others
 GOODBYE = 1.0  # seconds for a refused client to read why before its connection is reset
 
 # --- the routes -----------------------------------------------------------------------------------
 
-# path without /v1 -> method -> Handler's method. "{id}" takes the rest of the path.
+# path without /v1 -> method -> the pipeline's endpoint, or Handler's method. "{id}" takes the rest of the path.
 ROUTES: Mapping[str, Mapping[str, str]] = {
-    "/chat/completions": {"POST": "post_chat"},
-    "/completions": {"POST": "post_completions"},
-    "/embeddings": {"POST": "post_embeddings"},
+    "/chat/completions": {"POST": "chat"},
+    "/completions": {"POST": "completions"},
+    "/embeddings": {"POST": "embeddings"},
     "/models": {"GET": "get_models"},
     "/models/{id}": {"GET": "get_model"},
     "/health": {"GET": "get_health"},
@@ -84,8 +94,35 @@ ROUTES: Mapping[str, Mapping[str, str]] = {
 }
 
 
+class Envelope(NamedTuple):
+    """All that a request's head says, read once for all requests with such a head (http1.Heads).
+
+    endpoint: of the pipeline; None = Handler has a method of that `name`. rest: the path's {id}. fallback: whether
+    others may answer for the model.
+    """
+
+    head: RequestHead
+    cors: Mapping[str, str]
+    endpoint: Endpoint | None
+    name: str
+    rest: str
+    control: Control
+    fallback: bool
+    client: str
+
+
+def read_envelope(head: RequestHead, cors: Mapping[str, str]) -> Envelope:
+    """Raises ClientError 404, 405, 400."""
+    name, rest = route(head.method, head.path) if head.method != "OPTIONS" else ("options", "")
+    wish = head.headers.get("x-portway-fallback", "on").lower()
+    if wish not in ("on", "off"):
+        raise ClientError("X-Portway-Fallback is on or off.", param="X-Portway-Fallback")
+    endpoint = next((each for each in ENDPOINTS if each == name), None)
+    return Envelope(head, cors, endpoint, name, rest, parse_control(head.headers), wish == "on", _client(head))
+
+
 def route(method: str, path: str) -> tuple[str, str]:
-    """The name of the Handler's method for a request, and the path's {id}. Raises ClientError 404, 405."""
+    """What serves a request, as ROUTES has it, and the path's {id}. Raises ClientError 404, 405."""
     bare = path[3:] if path.startswith("/v1/") else path
     methods, rest = ROUTES.get(bare), ""
     if methods is None and bare.startswith("/models/"):
@@ -114,80 +151,65 @@ class EventStream:
 
     def __init__(self, handler: Handler) -> None:
         self.started = False
+        self.ended = False
         self.ttft: float | None = None  # time.monotonic() of the first content
         self._handler = handler
         self._chunked = handler.head.minor == 1
 
-    def beat(self) -> None:
+    async def beat(self) -> None:
         """A comment, so that the client knows that somebody is there. One newline only: a blank line
         makes some SDKs dispatch an empty event (openai-python#2722), and openai-go dies of it."""
+        if self.ended:
+            return
         try:
-            self._write(b": portway\n", {})
+            await self._write(b": portway\n")
         except OSError as exc:
             raise ClientGone from exc
 
-    def relay(self, found: Found) -> None:
-        """Send the whole answer. Raises BackendError if it breaks; OSError if the client does, unless
+    async def relay(self, found: Found) -> None:
+        """Send the whole answer. Raises BackendError if it breaks; ClientGone or OSError if the client does, unless
         somebody else waits for the same answer: then it is read to its end without this client."""
-        headers = headers_of(found.facts)
-        for piece in found.pieces():
+        fields = found.facts.fields()
+        while piece := await found.piece():
             if found.has_client:
                 try:
-                    self._relay(piece, found, headers)
-                except OSError as exc:
+                    await self._relay(piece, found, fields)
+                except (ClientGone, OSError) as exc:
                     found.client_left(exc)
             self._handler.watch.heard()
 
-    def _relay(self, piece: bytes, found: Found, headers: Mapping[str, str]) -> None:
+    async def _relay(self, piece: bytes, found: Found, fields: bytes) -> None:
         """Send one piece, with the facts that no header could carry."""
         last = piece.endswith(DONE)
         if self.ttft is None:
             self.ttft = time.monotonic()
             if self.started:
-                piece = _with_field(piece, piece.find(b"data: {"), _as_field(found.facts))
+                piece = _with_field(piece, piece.find(b"data: {"), found.facts.to_json())
         if last and (late := found.late_warnings()):
             piece = _with_field(piece, piece.rfind(b"data: {"), {"warnings": late})
-        self._write(piece, headers, last=last)
+        await self._write(piece, fields, last=last)
 
-    def fail(self, error: PortwayError) -> None:
+    async def fail(self, error: PortwayError) -> None:
         """End with the error's envelope as the last event, without [DONE], which would say that all went well."""
         envelope = error.envelope()
         if isinstance(error, ChainExhausted):
             envelope["portway"] = {"attempts": _joined(error.attempts)}
-        self._write(sse(dumps(envelope)), {}, last=True)
+        await self._write(sse(dumps(envelope)), last=True)
 
-    def _write(self, piece: bytes, headers: Mapping[str, str], *, last: bool = False) -> None:
+    async def _write(self, piece: bytes, fields: bytes = b"", *, last: bool = False) -> None:
+        self.ended = last
         if self._chunked:
             piece = b"%x\r\n%b\r\n%b" % (len(piece), piece, b"0\r\n\r\n" if last else b"")
         if not self.started:
             self.started = True
-            kind = {"Content-Type": "text/event-stream; charset=utf-8", "Cache-Control": "no-cache"}
-            coding = {"Transfer-Encoding": "chunked"} if self._chunked else {}
             self._handler.keep_alive &= self._chunked
-            piece = self._handler.head_bytes(200, {**kind, **coding, **headers}) + piece
-        self._handler.send(piece)
+            kind = _CHUNKED_EVENTS if self._chunked else _EVENTS
+            piece = self._handler.head_bytes(200, kind + fields) + piece
+        await self._handler.send(piece)
 
 
-def _as_field(facts: Facts) -> dict[str, Any]:
-    """The facts as a chunk's `portway`."""
-    field: dict[str, Any] = {"served_by": facts.served_by, "cache": facts.cache}
-    if facts.attempts:
-        field["attempts"] = facts.attempts
-    if facts.warnings:
-        field["warnings"] = list(facts.warnings)
-    return field
-
-
-def headers_of(facts: Facts) -> dict[str, str]:
-    """The facts as headers."""
-    headers = {"X-Served-By": facts.served_by, "X-Cache": facts.cache}
-    if facts.attempts:
-        headers["X-Portway-Attempts"] = facts.attempts
-    if facts.warnings:
-        headers["X-Portway-Warning"] = "; ".join(facts.warnings)
-    if facts.age is not None:
-        headers["Age"] = str(facts.age)
-    return {**headers, **facts.headers}
+_EVENTS = b"Content-Type: text/event-stream; charset=utf-8\r\nCache-Control: no-cache\r\n"
+_CHUNKED_EVENTS = _EVENTS + b"Transfer-Encoding: chunked\r\n"
 
 
 def _joined(attempts: list[Attempt]) -> str:
@@ -206,9 +228,10 @@ def _with_field(piece: bytes, at: int, facts: Mapping[str, Any]) -> bytes:
 
 
 class Handler(BaseHTTPRequestHandler):
-    """One client connection: reads requests as they come in, serves each on a worker.
+    """One client connection: reads requests as they come in, serves one after the other.
 
-    Between requests, and while one comes in slowly, it is parked at the server and has no thread.
+    All of it runs on the loop's thread, but for the rest of a request that has moved to a worker; as long
+    as `task.busy`, nothing but the request under way touches it.
     """
 
     server: Server
@@ -219,144 +242,292 @@ class Handler(BaseHTTPRequestHandler):
         self.connection: socket.socket = self.request
         self.keep_alive = True
         self.expires = time.monotonic() + self.server.daemon.state.config.server.idle_timeout
+        self.waiting: Request | None = None  # for its turn: too many are under way
+        self._closed = False
+        self._gone = False  # it was seen to leave while its request was under way
+        self._leaving = False  # it was told why, and is given time to read that
         self._buffer = b""
         self._reading: Incoming | None = None
-        self.watch = ClientWatch(self.connection, self.read_ahead)
+        self.began = 0.0  # time.monotonic() when the request that is coming in began to; 0.0 = nothing of it is here
+        self.task = Task(self.server.loop, moving=self._look_away, returning=self._look_back, ended=self._ended)
+        self.watch = ClientWatch(self.connection, self.read_ahead, self.task)
 
     def handle(self) -> None:
         """Nothing has come yet."""
-        self.server.park(self)
+        self.server.loop.attach(self.connection, self.stirred)
 
     def finish(self) -> None:
         """The connection outlives the constructor."""
 
-    # reading
+    # on the loop: what the client does
 
-    def work(self) -> None:
-        """On a worker thread: serve what is there, then park or close."""
+    def stirred(self, events: int) -> None:
+        """It has sent something, or it has gone."""
+        if self.task.busy:
+            self._guarded(self._stirred_meanwhile, events)
+            return
         try:
-            while (incoming := self._whole_request()) is not None:
-                self._serve(incoming)
-                if not self.keep_alive:
-                    break
-                self._linger()
-            if self.keep_alive and time.monotonic() < self.expires:
-                self.server.park(self)
-            else:
-                self.time_out()
-        except (OSError, ClientGone):
-            self.close()  # the client's end; there is nobody to tell
-        except Exception as exc:  # noqa: BLE001 - a bug of ours must not cost a thread
+            if self._receive():
+                self._go_on()
+                if self._is_coming_in and time.monotonic() >= self.expires and not self.waiting:
+                    self.time_out()  # it drips: the next sweep would come too late
+        except Exception as exc:  # noqa: BLE001 - see _lost
+            self._lost(exc)
+
+    def _stirred_meanwhile(self, events: int) -> None:
+        """It is not idle: its request is under way."""
+        try:
+            self.watch.client_stirred(events)
+        except (ClientGone, Stopping) as exc:
+            self._gone = True
+            self._look_away()
+            self.task.throw(exc)
+
+    def _receive(self) -> bool:
+        """Take what has come; False if that was nothing. Raises ClientGone at its end, or Stopping if that was us."""
+        try:
+            data = self.connection.recv(RECEIVE)
+        except BlockingIOError:
+            return False
+        if not data:
+            raise Stopping if self.watch.is_stopping else ClientGone
+        if self._leaving:
+            return False  # unread: it is to see our last words before its connection is reset
+        self._buffer = self._buffer + data if self._buffer else data
+        if self.waiting and len(self._buffer) > MAX_PIPELINED:
+            self.server.loop.watch_for(self.connection, HANGUP)
+        return True
+
+    def read_ahead(self) -> bool:
+        """Take what the client sends while its request is under way; False once it has ended its side."""
+        data = self.connection.recv(RECEIVE)
+        self._buffer += data
+        if len(self._buffer) > MAX_PIPELINED:
+            self.watch.look_only_for_the_end()
+            if self.task.on_loop:
+                self.server.loop.watch_for(self.connection, HANGUP)
+        return bool(data)
+
+    def _look_away(self) -> None:
+        """The loop no longer looks at the client."""
+        self.server.loop.detach(self.connection)
+
+    def _look_back(self) -> None:
+        """The loop looks at it again, in the middle of a request."""
+        self.server.loop.attach(self.connection, self.stirred, HANGUP if self.watch.is_sated else POLLIN)
+
+    def _look_again(self) -> None:
+        """It does, and at all that it sends."""
+        if self.task.on_loop:
+            if self.watch.is_sated:
+                self.watch.look_for_all()
+                self.server.loop.watch_for(self.connection, POLLIN)
+        else:
+            self.watch.look_for_all()
+            self.task.on_loop = True
+            self.server.loop.attach(self.connection, self.stirred)
+
+    # from one request to the next
+
+    def _go_on(self) -> None:
+        """Serve what has come in, one request after the other, until one takes its time."""
+        while not (self.task.busy or self.waiting or self._closed or self._leaving):
+            request = self._next()
+            if request is None:
+                return
+            if self.server.is_full() or self.server.backlog:
+                self.waiting, self.began = request, time.monotonic()
+                self.server.backlog.append(self)
+                return
+            self.serve(request)
+
+    def serve(self, request: Request) -> None:
+        """Begin to answer; mostly it then waits for a backend."""
+        self.server.in_flight.begin()
+        self.task.start(self._serve(request))
+        if not self.task.busy:
+            self._settle()
+
+    def take_turn(self, request: Request) -> None:
+        """Its request has waited long enough."""
+        self._guarded(self._serve_and_go_on, request)
+
+    def _serve_and_go_on(self, request: Request) -> None:
+        self.serve(request)
+        self._go_on()
+
+    def _ended(self) -> None:
+        """The request under way has come to its end."""
+        self._guarded(self._settle_and_go_on)
+        self.server.take_turns()
+
+    def _settle_and_go_on(self) -> None:
+        self._settle()
+        self._go_on()
+
+    def _guarded(self, step: Callable[..., None], *args: object) -> None:
+        """Take a step; an error that leaves it costs the connection, and no more."""
+        try:
+            step(*args)
+        except Exception as exc:  # noqa: BLE001 - see _lost
+            self._lost(exc)
+
+    def _lost(self, exc: Exception) -> None:
+        """The client's end, and there is nobody to tell; ours; or a bug of ours, which must not cost the loop."""
+        if isinstance(exc, Stopping):
+            self.break_off(exc)
+        elif isinstance(exc, OSError | ClientGone):
+            self._never_came_in()
+        else:
             self.server.daemon.unforeseen(exc)
+        self.close()
+
+    def _settle(self) -> None:
+        """After an answer: close, or be ready for the next request."""
+        self.server.in_flight.end()
+        self.began = 0.0
+        if self._leaving:
+            self._say_goodbye()
+        elif self._gone or not self.keep_alive:
             self.close()
+        else:
+            self.expires = time.monotonic() + self.server.daemon.state.config.server.idle_timeout
+            self._look_again()
+
+    def _say_goodbye(self) -> None:
+        """Let a client that is still sending read the refusal: closing at once would reset it unread."""
+        self.connection.shutdown(socket.SHUT_WR)
+        self.expires = time.monotonic() + GOODBYE
+        self._look_again()
 
     def close(self) -> None:
         """The connection's end, from our side."""
-        self.server.forget(self)
-        self.connection.close()
+        if not self._closed:
+            self._closed = True
+            self._look_away()
+            self.server.forget(self)
+            self.waiting = None
+            self.connection.close()
 
     def cut(self) -> None:
         """End the request under way, if there is one, with `Stopping`. Any thread."""
         self.watch.stop()
         try:
-            self.connection.shutdown(socket.SHUT_RD)  # wakes the worker's wait; it can still write
+            self.connection.shutdown(socket.SHUT_RD)  # wakes its wait; it can still write
         except OSError:
             pass  # it has just ended by itself
 
     @property
     def is_idle(self) -> bool:
-        """Whether nothing of a further request has come in."""
+        """Whether no request is under way or waits for its turn."""
+        return not (self.task.busy or self.waiting)
+
+    def began_by(self, moment: float) -> bool:
+        """Whether a part of a request has been there since then."""
+        return self._is_coming_in and self.began <= moment
+
+    @property
+    def is_silent(self) -> bool:
+        """Whether nothing of a further request has come."""
         poller = select.poll()
         poller.register(self.connection, select.POLLIN)
-        return not self._buffer and self._reading is None and not poller.poll(0)
+        return not self._is_coming_in and not poller.poll(0)
 
     def time_out(self) -> None:
         """Close; with a 408 if it took too long in the middle of a request."""
-        if self.keep_alive and (self._buffer or self._reading):
-            error = ClientError("The request did not come in in time.", status=408, code="request_timeout")
+        self.break_off(ClientError("The request did not come in in time.", status=408, code="request_timeout"))
+
+    def break_off(self, error: PortwayError) -> None:
+        """Close; with `error` if a request was coming in."""
+        if self.keep_alive and self._is_coming_in:
             try:
-                self.connection.setblocking(False)
-                self.connection.send(_plain_head(408) + dumps(error.envelope()))
+                self.connection.send(_plain_head(error.status) + dumps(error.envelope()))
             except OSError:
                 pass  # it does not read either
+            self._never_came_in(error)
         self.close()
 
-    def read_ahead(self) -> bool:
-        """Take what the client sends while its request is under way; False once it has ended its side."""
-        data = self.connection.recv(RECEIVE, socket.MSG_DONTWAIT)
-        self._buffer += data
-        if len(self._buffer) > MAX_PIPELINED:
-            self.watch.look_only_for_the_end()
-        return bool(data)
+    @property
+    def _is_coming_in(self) -> bool:
+        """Whether there is a part of a request, or one that waits for its turn."""
+        return not (self.task.busy or self._leaving) and bool(self._buffer or self._reading or self.waiting)
 
-    def _linger(self) -> None:
-        """Wait a little for the next request where it is cheapest, in recv(), before parking."""
-        if self._buffer or self.server.workers.are_short:
+    def _never_came_in(self, error: PortwayError | None = None) -> None:
+        """The log's line of a request of which not all came, or whose turn did not: `error` says why, None = its
+        client left."""
+        if not self._is_coming_in:
             return
-        try:
-            data = self.connection.recv(RECEIVE)
-        except BlockingIOError:
-            return
-        if not data:
-            raise ClientGone
-        self._buffer = data
-
-    def _whole_request(self) -> Incoming | None:
-        """The next request with its body; None if it is not all in yet, or has taken too long."""
-        while True:
-            incoming = self._reading = self._reading or self._begin()
-            if incoming is not None:
-                try:
-                    self._buffer = incoming.feed(self._buffer)
-                except BadMessage as exc:
-                    incoming.refuse(as_client_error(exc))
-                if incoming.complete:
-                    self._reading = None
-                    return incoming
-            if time.monotonic() >= self.expires or not self._more():
-                return None
-
-    def _more(self) -> bool:
-        """Read what has come in, or comes in within SETTLE_MS; False if nothing does."""
-        try:
-            data = self.connection.recv(RECEIVE, socket.MSG_DONTWAIT)
-        except BlockingIOError:
-            poller = select.poll()
-            poller.register(self.connection, select.POLLIN)
-            if not poller.poll(SETTLE_MS):
-                return False
-            data = self.connection.recv(RECEIVE, socket.MSG_DONTWAIT)
-        if not data:
-            raise ClientGone
-        self._buffer += data
-        return True
-
-    def _begin(self) -> Incoming | None:
-        """The head of the next request, if it is all there."""
-        config = self.server.daemon.state.config.server
-        if self._buffer[:2] == b"\r\n":
-            self._buffer = self._buffer[2:]  # RFC 9112 section 2.2: one empty line before a request is let pass
-        end = self._buffer.find(b"\r\n\r\n")
+        coming = self.waiting or self._reading
+        self.head = coming.head if coming else NO_HEAD
         now = time.monotonic()
-        if end < 0:
-            if len(self._buffer) > MAX_HEAD:
-                return Incoming.broken(BadMessage(f"the head is longer than {MAX_HEAD} bytes", 431))
-            if not self._buffer:
-                self.expires = now + config.idle_timeout
-            elif self.expires > now + config.header_timeout:
-                self.expires = now + config.header_timeout
+        self._record = Record(time.time() - (now - self.began), self.began, _client(self.head), self.head.path)
+        if error is None:
+            self._client_left("waiting" if self.waiting else "request")
+        else:
+            self._record.status = error.status
+            self._failed(error)
+        self._write_down(None)
+
+    def _next(self) -> Request | None:
+        """The next request with its body; None if it is not all in yet."""
+        if self._reading is None:
+            request = self._begin()
+            if request is not None:
+                return request
+        incoming = self._reading
+        if incoming is None:
             return None
-        head, self._buffer = self._buffer[:end], self._buffer[end + 4 :]
-        self.expires = now + config.body_timeout
         try:
-            incoming = Incoming(parse_request(head), config.max_body)
+            self._buffer = incoming.feed(self._buffer)
+        except BadMessage as exc:
+            incoming.refuse(as_client_error(exc))
+        if not incoming.complete:
+            return None
+        self._reading = None
+        return incoming.request()
+
+    def _begin(self) -> Request | None:
+        """The next request, if it is all there and well; else `_reading` has what there is of it, if its head is in."""
+        buffer = self._buffer
+        if (empty := _EMPTY_LINES.match(buffer)) is not None:
+            buffer = self._buffer = buffer[empty.end() :]
+        end = buffer.find(b"\r\n\r\n")
+        if end < 0:
+            self._wait_for_head()
+            return None
+        daemon = self.server.daemon
+        try:
+            envelope, length = daemon.heads.read(buffer[:end])
+        except (BadMessage, ClientError):
+            envelope, length = None, None  # once more, slowly, for what is to be said of it
+        if length is None:
+            length = (envelope and envelope.head.length) or 0
+        rest = end + 4 + length
+        config = daemon.state.config.server
+        if envelope is None or envelope.head.chunked or len(buffer) < rest or length > config.max_body:
+            self._buffer = buffer[end + 4 :]
+            self.began = time.monotonic()
+            self.expires = self.began + config.body_timeout
+            self._reading = self._admitted(buffer[:end], config.max_body)
+            return None
+        self._buffer = buffer[rest:]
+        return Request(envelope.head, envelope.cors, buffer[end + 4 : rest], envelope=envelope)
+
+    def _wait_for_head(self) -> None:
+        config, now = self.server.daemon.state.config.server, time.monotonic()
+        if len(self._buffer) > MAX_HEAD:
+            self._reading = Incoming.broken(head_too_long())
+        elif not self._buffer:
+            self.expires = now + config.idle_timeout
+        elif not self.began:
+            self.expires, self.began = now + config.header_timeout, now
+
+    def _admitted(self, head: bytes, max_body: int) -> Incoming:
+        """Check the head before the body is read."""
+        try:
+            incoming = Incoming(parse_request(head), max_body)
         except BadMessage as exc:
             return Incoming.broken(exc)
-        self._admit(incoming)
-        return incoming
-
-    def _admit(self, incoming: Incoming) -> None:
-        """Check the head before the body is read."""
         try:
             incoming.cors = self.server.daemon.state.guards.check(incoming.head)
         except ClientError as exc:
@@ -365,44 +536,41 @@ class Handler(BaseHTTPRequestHandler):
             if incoming.refusal:
                 incoming.give_up()  # the client waits for a word before it sends its body
             elif not self._buffer:
-                self.send(b"HTTP/1.1 100 Continue\r\n\r\n")
+                self.connection.send(b"HTTP/1.1 100 Continue\r\n\r\n")
+        return incoming
 
     # answering
 
-    def _serve(self, incoming: Incoming) -> None:
+    async def _serve(self, request: Request) -> None:
         """Answer one request, whatever becomes of it, and write it down."""
-        self.head = incoming.head
-        self.keep_alive = incoming.head.keep_alive and not incoming.poisoned
-        self._cors = incoming.cors
-        self._record = Record(time.time(), time.monotonic(), _client(self.head), self.head.path)
+        head = self.head = request.head
+        self.keep_alive = head.keep_alive and not request.poisoned
+        self._cors = request.cors
+        self._record = Record(time.time(), time.monotonic(), "", head.path)
         self._stream: EventStream | None = None
         self.watch.begin(0.0, None)
-        self.watch.look_for_all()
-        with self.server.in_flight:
-            try:
-                self._dispatch(incoming)
-            except PortwayError as exc:
-                self._fail(exc)
-            except BlockingIOError:
-                self._client_left("stalled")  # it is there and does not read
-            except (ClientGone, OSError):
-                self._client_left(self.watch.phase)
-            except Exception as exc:  # noqa: BLE001 - the last resort: logged with its id, never shown
-                self._fail(self.server.daemon.unforeseen(exc))
-            finally:
-                self._write_down()
-        self.expires = time.monotonic() + self.server.daemon.state.config.server.idle_timeout
-        if incoming.poisoned:
-            self._say_goodbye()
+        try:
+            await self._dispatch(request)
+        except PortwayError as exc:
+            await self._fail(exc)
+        except BlockingIOError:
+            self._client_left("stalled")  # it is there and does not read
+        except (ClientGone, OSError):
+            self._client_left(self.watch.phase)
+        except Exception as exc:  # noqa: BLE001 - the last resort: logged with its id, never shown
+            await self._fail(self.server.daemon.unforeseen(exc))
+        finally:
+            self._write_down(self.watch.waited)
+        self._leaving = request.poisoned
 
     def _client_left(self, phase: str) -> None:
         self._record.cancelled_in = phase
         self._record.exit_code = 130 if _is_ask(self.head) else None
         self.keep_alive = False
 
-    def _write_down(self) -> None:
+    def _write_down(self, waited: float | None) -> None:
         """The request's line in the log. Whoever only asks how we are, again and again, is not worth one."""
-        self._record.finish(time.monotonic(), self.watch.waited)
+        self._record.finish(time.monotonic(), waited)
         if self._record.status == 200 and self.head.path.endswith(_UNLOGGED):
             return
         daemon = self.server.daemon
@@ -410,158 +578,175 @@ class Handler(BaseHTTPRequestHandler):
         if daemon.log:
             daemon.log.record(self._record)
 
-    def _dispatch(self, incoming: Incoming) -> None:
-        if incoming.refusal:
-            raise incoming.refusal
+    async def _dispatch(self, request: Request) -> None:
+        self._record.client = _client(request.head)
+        if request.refusal:
+            raise request.refusal
         if self.server.draining:
             raise Stopping
-        head = incoming.head
-        if head.method == "OPTIONS":
-            self.respond(204, {"Allow": "GET, HEAD, OPTIONS, POST", **(_PREFLIGHT if self._cors else {})}, b"")
-            return
-        name, rest = route(head.method, head.path)
-        if name != "get_health":
-            self.server.daemon.state.guards.check_key(head)
-        getattr(self, name)(rest if head.method != "POST" else incoming.body)
+        self.envelope = envelope = request.envelope or read_envelope(request.head, request.cors)
+        daemon = self.server.daemon
+        self._key = daemon.state.guards.admit(envelope.head, envelope.name, daemon.quotas)
+        self._record.key = self._key.name if self._key else ""
+        if envelope.endpoint is not None:
+            await self._complete(envelope.endpoint, request.body)
+        else:
+            await getattr(self, envelope.name)(envelope.rest if envelope.head.method != "POST" else request.body)
 
-    def post_chat(self, raw: bytes) -> None:
-        """POST /v1/chat/completions."""
-        self._complete("chat", raw)
+    async def options(self, _rest: str) -> None:
+        """OPTIONS, on any path: a preflight mostly."""
+        headers = {"Allow": "GET, HEAD, OPTIONS, POST", **(_PREFLIGHT if self._cors else {})}
+        await self.respond(204, fields_of(headers), b"")
 
-    def post_completions(self, raw: bytes) -> None:
-        """POST /v1/completions."""
-        self._complete("completions", raw)
-
-    def post_embeddings(self, raw: bytes) -> None:
-        """POST /v1/embeddings."""
-        self._complete("embeddings", raw)
-
-    def _complete(self, endpoint: Endpoint, raw: bytes) -> None:
+    async def _complete(self, endpoint: Endpoint, raw: bytes) -> None:
         """The pipeline: call -> found in the cache, or served by some target -> relayed."""
         state = self.server.daemon.state
-        call = read_call(endpoint, raw, state.config)
+        if len(raw) > LARGE:
+            await self.watch.on_thread()  # what takes its time to be read must not keep the others waiting
+        call = read_call(endpoint, raw, state.config, self._key)
+        await self.watch.on_loop()
         self._record.begin(call)
-        stream = self._stream = EventStream(self) if call.stream else None
-        self.watch.begin(state.config.server.heartbeat, stream.beat if stream else None)
-        control = parse_control(self.head.headers)
-        with state.answers.find(call, control, self.watch, fallback=self._may_fall_back()) as found:
-            try:
-                if stream:
-                    stream.relay(found)
-                else:
-                    self._respond_with(found)
-            finally:
-                found.close()
-                self._record.found(found, stream.ttft if stream else None)
+        if call.stream:
+            self._stream = EventStream(self)
+            self.watch.begin(state.config.server.heartbeat, self._stream.beat)
+        envelope = self.envelope
+        self._call = call
+        await state.answers.find(call, envelope.control, self.watch, self._relay, fallback=envelope.fallback)
 
-    def _respond_with(self, found: Found) -> None:
+    async def _relay(self, found: Found) -> None:
+        """Send what was found, as a stream or whole."""
+        stream = self._stream
+        try:
+            if stream is not None:
+                await stream.relay(found)
+            else:
+                await self._respond_with(found)
+        finally:
+            await found.close()
+            self._record.found(found, stream.ttft if stream is not None else None)
+            if self._key is not None:
+                self.server.daemon.quotas.spend(self._key, spent(self._call, found))
+
+    async def _respond_with(self, found: Found) -> None:
         body = found.body()
         if found.has_client:
             try:
-                self.respond(200, headers_of(found.facts), body)
-            except OSError as exc:
+                await self.respond(200, found.facts.fields(), body)
+            except (ClientGone, OSError) as exc:
                 found.client_left(exc)
 
-    def _may_fall_back(self) -> bool:
-        wish = self.head.headers.get("x-portway-fallback", "on").lower()
-        if wish not in ("on", "off"):
-            raise ClientError("X-Portway-Fallback is on or off.", param="X-Portway-Fallback")
-        return wish == "on"
-
-    def get_models(self, _rest: str) -> None:
+    async def get_models(self, _rest: str) -> None:
         """GET /v1/models."""
         state = self.server.daemon.state
         state.catalogue.refresh_soon()
-        cards = [state.card(model) for model in state.config.models.values()]
-        self.respond(200, {}, dumps({"object": "list", "data": cards}))
+        models = [model for model in state.config.models.values() if self._key is None or self._key.knows(model.name)]
+        cards = [state.card(model) for model in models]
+        await self.respond(200, b"", dumps({"object": "list", "data": cards}))
 
-    def get_model(self, name: str) -> None:
+    async def get_model(self, name: str) -> None:
         """GET /v1/models/{id}; an alias is one, too."""
         state = self.server.daemon.state
-        self.respond(200, {}, dumps(state.card(find_model(name, state.config))))
+        await self.respond(200, b"", dumps(state.card(find_model(name, state.config, self._key))))
 
-    def get_health(self, _rest: str) -> None:
-        """GET /health."""
-        self.respond(200, {}, dumps(self.server.daemon.health()))
+    async def get_health(self, _rest: str) -> None:
+        """GET /health. To a client without a key, where there are keys, it tells no more than that all is well."""
+        knows = self.server.daemon.state.guards.may_know_all(self.head)
+        await self.respond(200, b"", dumps(self.server.daemon.health() if knows else BRIEF))
 
-    def get_metrics(self, _rest: str) -> None:
+    async def get_metrics(self, _rest: str) -> None:
         """GET /metrics, for Prometheus."""
-        self.respond(200, {"Content-Type": CONTENT_TYPE}, self.server.daemon.metrics.render())
+        await self.watch.on_thread()
+        await self.respond(200, b"", self.server.daemon.metrics.render(), kind=CONTENT_TYPE)
 
-    def get_residency(self, _rest: str) -> None:
+    async def get_residency(self, _rest: str) -> None:
         """GET /portway/residency."""
-        self.respond(200, {}, dumps(residency_api.overview(self.server.daemon.residency, self.watch)))
+        await self.watch.on_thread(for_good=True)
+        await self.respond(200, b"", dumps(residency_api.overview(self.server.daemon.residency, self.watch)))
 
-    def post_load(self, raw: bytes) -> None:
+    async def post_load(self, raw: bytes) -> None:
         """POST /portway/load."""
-        self.respond(200, {}, dumps(residency_api.load(self.server.daemon.residency, loads_object(raw), self.watch)))
+        await self.watch.on_thread(for_good=True)
+        await self.respond(
+            200, b"", dumps(residency_api.load(self.server.daemon.residency, loads_object(raw), self.watch))
+        )
 
-    def post_unload(self, raw: bytes) -> None:
+    async def post_unload(self, raw: bytes) -> None:
         """POST /portway/unload."""
-        self.respond(200, {}, dumps(residency_api.unload(self.server.daemon.residency, loads_object(raw), self.watch)))
+        await self.watch.on_thread(for_good=True)
+        await self.respond(
+            200, b"", dumps(residency_api.unload(self.server.daemon.residency, loads_object(raw), self.watch))
+        )
 
     # writing
 
-    def send(self, data: bytes) -> None:
+    async def send(self, data: bytes) -> None:
         """All of it, or OSError; a client that does not read fails it after server.write_timeout."""
-        self.connection.sendall(data)
+        try:
+            sent = self.connection.send(data)
+        except BlockingIOError:
+            sent = 0
+        if sent < len(data):
+            await self._send_rest(memoryview(data)[sent:])
 
-    def respond(self, status: int, headers: Mapping[str, str], body: bytes) -> None:
-        """A whole answer in one write."""
-        self._record.status = status
-        kind = {"Content-Type": "application/json", "Content-Length": str(len(body))} if status != 204 else {}
-        head = self.head_bytes(status, {**kind, **headers})
-        self.send(head if self.head.method == "HEAD" else head + body)
+    async def _send_rest(self, view: memoryview) -> None:
+        while view:
+            until = time.monotonic() + self.server.write_timeout
+            if not await self.watch.client_writable(until):
+                raise BlockingIOError(errno.EAGAIN, "the client does not read")
+            try:
+                view = view[self.connection.send(view) :]
+            except BlockingIOError:
+                continue  # a false alarm
 
-    def head_bytes(self, status: int, headers: Mapping[str, str]) -> bytes:
+    async def respond(self, status: int, fields: bytes, body: bytes, kind: str = "application/json") -> None:
+        """A whole answer in one write. fields: further header fields, as `fields_of` makes them."""
+        if status != 204:
+            fields = b"Content-Type: %b\r\nContent-Length: %d\r\n%b" % (kind.encode(), len(body), fields)
+        head = self.head_bytes(status, fields)
+        await self.send(head if self.head.method == "HEAD" else head + body)
+
+    def head_bytes(self, status: int, fields: bytes) -> bytes:
         """The head of the answer to the present request."""
         self._record.status = status
-        lines = [self.server.status_line(status)]
-        lines += [f"{name}: {value}\r\n" for name, value in headers.items()]
-        lines += [f"{name}: {value}\r\n" for name, value in self._cors.items()]
+        if self._cors:
+            fields += fields_of(self._cors)
         if not self.keep_alive:
-            lines.append("Connection: close\r\n")
+            fields += b"Connection: close\r\n"
         elif self.head.minor == 0:
-            lines.append("Connection: keep-alive\r\n")
-        lines.append("\r\n")
-        return "".join(lines).encode("latin-1", "replace")
+            fields += b"Connection: keep-alive\r\n"
+        return b"%b%b\r\n" % (self.server.status_line(status), fields)
 
-    def _fail(self, error: PortwayError) -> None:
+    async def _fail(self, error: PortwayError) -> None:
         """The error as the rest of a begun stream, else as an answer of its own."""
-        self._record.failed(error)
-        if _is_ask(self.head):
-            self._record.exit_code = self._exit_code_of_ask(error)
+        self._failed(error)
         try:
             if self._stream and self._stream.started:
-                self._stream.fail(error)
+                await self._stream.fail(error)
                 return
             headers = dict(error.headers)
             body = dumps(error.envelope())
             if isinstance(error, ChainExhausted):
                 headers["X-Portway-Attempts"] = _joined(error.attempts)
                 body = error.body or body
-            self.respond(error.status, headers, body)
-        except OSError:
+            await self.respond(error.status, fields_of(headers), body)
+        except (OSError, ClientGone, Stopping):
             self.keep_alive = False
+
+    def _failed(self, error: PortwayError) -> None:
+        self._record.failed(error)
+        if _is_ask(self.head):
+            self._record.exit_code = self._exit_code_of_ask(error)
 
     def _exit_code_of_ask(self, error: PortwayError) -> int:
         """What `ask` will make of this error, by the rules in its manual, for the log."""
         if isinstance(error, ChainExhausted):
-            return 1 if self._may_fall_back() else 4
+            return 1 if self.envelope.fallback else 4
         return 2 if error.code == "model_not_found" else 1
-
-    def _say_goodbye(self) -> None:
-        """Let a client that is still sending read the refusal: closing at once would reset it unread."""
-        self.connection.shutdown(socket.SHUT_WR)
-        poller = select.poll()
-        poller.register(self.connection, select.POLLIN)
-        until = time.monotonic() + GOODBYE
-        while (left := until - time.monotonic()) > 0 and poller.poll(int(left * 1000) + 1):
-            if not self.connection.recv(RECEIVE, socket.MSG_DONTWAIT):
-                return
 
 
 _UNLOGGED = ("/health", "/metrics")
+
+_EMPTY_LINES = re.compile(rb"(?:\r\n)+")  # RFC 9112 section 2.2: before a request they are let pass
 
 
 def _is_ask(head: RequestHead) -> bool:
@@ -589,11 +774,7 @@ def _plain_head(status: int) -> bytes:
 
 
 class Server(ThreadingHTTPServer):
-    """Accepts, holds the connections without a request, and hands those with one to the workers.
-
-    All of `_parked` and the selector belong to the thread in serve_forever; other threads hand
-    connections to it through `_arrivals` and wake it up.
-    """
+    """Accepts connections, and holds them. All of it belongs to the loop's thread, but where it says "any thread"."""
 
     request_queue_size = 1024
     daemon_threads = True
@@ -604,17 +785,14 @@ class Server(ThreadingHTTPServer):
         self.draining = False
         self.in_flight = InFlight()
         self.workers = Workers(config.max_requests, "worker")
+        self.loop = Loop(self.workers)
+        self.backlog: deque[Handler] = deque()  # whose requests wait for their turn
+        self.write_timeout = config.write_timeout
+        self._max_requests = config.max_requests
         self._limit = config.max_connections
-        self._send_timeout = struct.pack("ll", int(config.write_timeout), int(config.write_timeout % 1 * 1e6))
-        self._linger = struct.pack("ll", 0, int(LINGER * 1e6))
         self._open: set[Handler] = set()
-        self._parked: dict[int, Handler] = {}
-        self._arrivals: deque[Handler] = deque()
-        self._wake, self._woken = socket.socketpair()
-        self._stopping = threading.Event()
-        self._stopped = threading.Event()
-        self._status_lines: dict[int, tuple[int, str]] = {}
-        self._selector = selectors.DefaultSelector()
+        self._deaf = False  # no descriptor is left to accept with
+        self._status_lines: dict[int, tuple[int, bytes]] = {}
         self.address_family = socket.AF_INET6 if ":" in config.host else socket.AF_INET
         super().__init__((config.host, config.port), Handler)
 
@@ -624,148 +802,120 @@ class Server(ThreadingHTTPServer):
         self.server_name, self.server_port = str(self.server_address[0]), int(self.server_address[1])
 
     def serve_forever(self, poll_interval: float = SWEEP) -> None:
-        """The accepting thread's loop, until shutdown()."""
+        """The loop, until shutdown()."""
         self.socket.setblocking(False)
-        self._woken.setblocking(False)
-        self._selector.register(self.socket, selectors.EVENT_READ)
-        self._selector.register(self._woken, selectors.EVENT_READ)
-        swept = time.monotonic()
-        try:
-            while not self._stopping.is_set():
-                for key, _ in self._selector.select(poll_interval):
-                    self._stirred(key.fileobj, key.data)
-                if time.monotonic() - swept >= SWEEP:
-                    self._sweep()
-                    swept = time.monotonic()
-        finally:
-            self._stopped.set()
+        self.loop.attach(self.socket, self._accept)
+        self.loop.run(self._sweep, poll_interval, self.daemon.unforeseen)
 
     def shutdown(self) -> None:
-        """Stop accepting; requests in flight go on."""
-        self._stopping.set()
-        self._wake_up()
-        self._stopped.wait(5)
+        """Stop accepting; requests on workers go on. Any thread."""
+        self.loop.stop(5)
 
     def cut(self) -> int:
-        """Have every request under way end with an error now. How many there are."""
+        """Have every request under way end with an error now. How many there are. Any thread."""
         count = self.in_flight.count
         for handler in list(self._open):
             handler.cut()
         return count
 
     def server_close(self) -> None:
-        """Close the listener and every connection that is left."""
+        """Close the listener and every connection that is left. After shutdown()."""
         self.socket.close()
         for handler in list(self._open):
+            if handler.is_idle or handler.waiting:
+                handler.break_off(Stopping())
             handler.connection.close()
-        self._selector.close()
-        self._wake.close()
-        self._woken.close()
+        self.loop.close()
 
     def process_request(self, request: Any, client_address: Any) -> None:
-        """A new connection. Its Handler parks itself here until there is something to read."""
-        request.setblocking(True)  # macOS lets it inherit the listener's non-blocking mode
+        """A new connection. Its Handler attaches itself to the loop."""
+        request.setblocking(False)
         request.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        request.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, self._send_timeout)
-        request.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, self._linger)
         if len(self._open) >= self._limit and not self._evict(1):
             request.close()
             return
         self.finish_request(request, client_address)
 
-    def get_request(self) -> tuple[Any, Any]:
-        """Accept; when descriptors run out, at the cost of the connections that have been idle longest."""
-        try:
-            return super().get_request()
-        except OSError as exc:
-            if exc.errno in (errno.EMFILE, errno.ENFILE) and not self._evict(16):
-                time.sleep(0.05)  # every descriptor is in use for a request; the listener stays readable
-            raise
-
-    def park(self, handler: Handler) -> None:
-        """Hold a connection until bytes come, or until it `expires`. Any thread."""
-        self._open.add(handler)
-        self._arrivals.append(handler)
-        self._wake_up()
+    def finish_request(self, request: Any, client_address: Any) -> None:
+        """See process_request."""
+        self._open.add(Handler(request, client_address, self))
 
     def forget(self, handler: Handler) -> None:
-        """The connection is closing. Any thread."""
+        """Its connection is closing."""
         self._open.discard(handler)
+        if handler.waiting:
+            self.backlog.remove(handler)
+        if self._deaf:
+            self._listen_again()
+
+    @property
+    def queued(self) -> int:
+        """How many requests wait for their turn, or for a worker. Any thread."""
+        return len(self.backlog) + self.workers.waiting
 
     @property
     def connections(self) -> int:
-        """How many clients are connected."""
+        """How many clients are connected. Any thread."""
         return len(self._open)
 
-    def status_line(self, status: int) -> str:
+    def is_full(self) -> bool:
+        """Whether as many requests are under way as may be."""
+        return self.in_flight.count >= self._max_requests
+
+    def take_turns(self) -> None:
+        """Serve who waits, as far as there is room."""
+        while self.backlog and not self.is_full():
+            handler = self.backlog.popleft()
+            request, handler.waiting = handler.waiting, None
+            if request is not None:
+                handler.take_turn(request)
+
+    def status_line(self, status: int) -> bytes:
         """The first lines of every answer, made anew once a second for the Date."""
         second = int(time.time())
         made = self._status_lines.get(status)
         if made is None or made[0] != second:
             date = time.strftime("%a, %d %b %Y %H:%M:%S GMT", time.gmtime(second))
             line = f"HTTP/1.1 {status} {HTTPStatus(status).phrase}\r\nServer: portway\r\nDate: {date}\r\n"
-            made = self._status_lines[status] = (second, line)
+            made = self._status_lines[status] = (second, line.encode())
         return made[1]
 
-    def _stirred(self, source: Any, handler: Handler | None) -> None:
-        if source is self.socket:
-            self._accept()
-        elif handler is not None:
-            if self._is_parked(handler):  # else it was evicted by an accept() that came first in this round
-                self._unpark(handler)
-                self.workers.submit(handler.work)
-        else:
-            self._take_arrivals()
+    def _accept(self, _events: int) -> None:
+        for _ in range(ACCEPT):
+            try:
+                request, client_address = self.socket.accept()
+            except BlockingIOError:
+                return
+            except OSError as exc:
+                if exc.errno in (errno.EMFILE, errno.ENFILE) and not self._evict(16):
+                    self._deaf = True  # every descriptor is in use for a request: until one of them ends
+                    self.loop.watch_for(self.socket, 0)
+                return
+            self.process_request(request, client_address)
 
-    def _accept(self) -> None:
-        try:
-            request, client_address = self.get_request()
-        except OSError:
-            return  # it has gone again, or there was no descriptor for it
-        self.process_request(request, client_address)
-
-    def _take_arrivals(self) -> None:
-        try:
-            self._woken.recv(4096)
-        except BlockingIOError:
-            return
-        while self._arrivals:
-            handler = self._arrivals.popleft()
-            self._parked[handler.connection.fileno()] = handler
-            self._selector.register(handler.connection, selectors.EVENT_READ, handler)
-
-    def _is_parked(self, handler: Handler) -> bool:
-        return self._parked.get(handler.connection.fileno()) is handler
-
-    def _unpark(self, handler: Handler) -> None:
-        self._selector.unregister(handler.connection)
-        del self._parked[handler.connection.fileno()]
+    def _listen_again(self) -> None:
+        self._deaf = False
+        self.loop.watch_for(self.socket, POLLIN)
 
     def _sweep(self) -> None:
         now = time.monotonic()
-        for handler in [handler for handler in self._parked.values() if handler.expires <= now]:
-            self._unpark(handler)
+        for handler in [handler for handler in self._open if handler.is_idle and handler.expires <= now]:
             handler.time_out()
+        if self._deaf:
+            self._listen_again()  # the descriptor may be another's that has ended
 
     def _evict(self, count: int) -> bool:
         """Close connections that have been idle longest, to make room; whether there were any. One on which a
         request has come, or which is so new that one is on its way, is not idle: it would be reset unread."""
         latest = time.monotonic() + self.daemon.state.config.server.idle_timeout - FRESH
-        longest_first = sorted(self._parked.values(), key=lambda handler: handler.expires)
-        idle = (handler for handler in longest_first if handler.expires <= latest and handler.is_idle)
-        victims = list(islice(idle, count))
+        longest_first = sorted((each for each in self._open if each.is_idle), key=lambda handler: handler.expires)
+        victims = list(islice((each for each in longest_first if each.expires <= latest and each.is_silent), count))
+        if not victims:  # else some clients that never send the end of their requests would keep out all others
+            slow = [each for each in longest_first if each.began_by(time.monotonic() - FRESH)]
+            victims = sorted(slow, key=lambda handler: handler.began)[:count]
         for handler in victims:
-            self._unpark(handler)
-            handler.close()
+            handler.time_out()
         return bool(victims)
-
-    def _wake_up(self) -> None:
-        try:
-            self._wake.send(b"\0", socket.MSG_DONTWAIT)
-        except BlockingIOError:
-            pass  # it has been woken often enough
-        except OSError:
-            pass  # it is closed: the daemon has ended
 
 
 # --- the daemon -----------------------------------------------------------------------------------
@@ -781,19 +931,22 @@ class Daemon:
         say: Callable[[str], None] | None = None,
         log: Log | None = None,
         cache: Cache | None = None,
+        notebook: Notebook | None = None,
     ) -> None:
-        self._say = say or _to_stderr
+        self._say = say or stderr.say
         self.log = log
         self.cache = cache
-        self.residency = Residency(config, say=self._say)
+        self.residency = Residency(config, say=self._say, notebook=notebook)
         self._flights: Flights[Shared] = Flights()
         self._cooling = Cooling(config.cooldown)
+        self.quotas = Quotas()
         self._problem: str | None = None  # why the newest configuration is not in force
         self.state = self._build(config)
+        self.heads = self._fresh_heads()
         self._server = Server(self)
         self._vitals = Vitals(self._server, self._cooling, self.residency, log, cache)
         self.metrics = Metrics(config.models, self._vitals.readings())
-        self._thread = threading.Thread(target=self._server.serve_forever, name="portway-accept", daemon=True)
+        self._thread = threading.Thread(target=self._server.serve_forever, name="portway-loop", daemon=True)
 
     @property
     def port(self) -> int:
@@ -829,13 +982,22 @@ class Daemon:
         return ended
 
     def use(self, config: Config) -> None:
-        """Serve by another configuration from the next request on. The address stays the one it listens on."""
+        """Serve by another configuration from the next request on. The address stays the one it listens on.
+
+        Raises ConfigError for one that would leave an address open to everybody that others can reach.
+        """
+        if not config.server.api_keys and not is_loopback(self.state.config.server.host):
+            problem = f"empty, while it listens on {self.state.config.server.host}, which other machines can reach"
+            raise ConfigError(config.path, [Mistake("server.api_keys", problem, "a key, or a restart on loopback")])
         server = replace(config.server, host=self.state.config.server.host, port=self.state.config.server.port)
         config = replace(config, server=server)
         self.residency.adopt(config)
+        self.quotas.adopt(config.server.api_keys)
         old, self.state = self.state, self._build(config)
-        if self.log:
-            self.log.price = Price(config.price.input, config.price.output)
+        self.heads = self._fresh_heads()
+        adjust(config, self.log, self.cache)
+        if waiting := left_for_the_start(old.config, config):
+            self._say(f"{', '.join(waiting)}: taken over at the next start, not before")
         self._problem = None
         self.metrics.use(config.models)
         old.close()
@@ -862,6 +1024,16 @@ class Daemon:
             f"An error inside Portway; its log says more under {name}.", status=500, type="api_error", code="internal"
         )
 
+    def _fresh_heads(self) -> Heads[Envelope]:
+        """Of requests that may be served by the present configuration; others are not remembered."""
+        guards = self.state.guards
+
+        def read(head: bytes) -> Envelope:
+            parsed = parse_request(head)
+            return read_envelope(parsed, guards.check(parsed))
+
+        return Heads(read)
+
     def _build(self, config: Config) -> State:
         return State.of(config, self._cooling, self.cache, self._flights, self.residency)
 
@@ -877,61 +1049,3 @@ class Daemon:
         catalogue.refresh()
         for line in catalogue.missing():
             self._say(line)
-
-
-def _to_stderr(text: str) -> None:
-    try:
-        print(f"portway: {text}", file=sys.stderr, flush=True)
-    except OSError:
-        pass  # it is a file on the disk that is full, say: nobody can be told
-
-
-def serve(config: Config, *, config_path: str | None, environ: Mapping[str, str]) -> int:
-    """Serve until SIGTERM or SIGINT; reload on SIGHUP and when the file has changed. The exit code."""
-    log, cache = open_log(config, environ), open_cache(config, environ)
-    try:
-        daemon = Daemon(config, log=log, cache=cache)
-    except OSError as exc:
-        _to_stderr(_cannot_listen(config.server.host, config.server.port, exc))
-        return 1
-    for warning in config.warnings:
-        _to_stderr(f"warning: {warning}")
-    events: SimpleQueue[str] = SimpleQueue()  # its put() may be called from a signal handler
-    signal.signal(signal.SIGTERM, lambda *_: events.put("stop"))
-    signal.signal(signal.SIGINT, lambda *_: events.put("stop"))
-    signal.signal(signal.SIGHUP, lambda *_: events.put("reload"))
-    daemon.start()
-    _to_stderr(f"listening on {daemon.url}/v1, configured by {config.path}")
-    _attend(daemon, ConfigWatcher(config_path, environ), events)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # a second one ends it at once
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
-    daemon.stop()
-    for aside in (log, cache):
-        if aside:
-            aside.close(CLOSE_ASIDE)
-    return 0
-
-
-def _cannot_listen(host: str, port: int, exc: OSError) -> str:
-    from portway.commands.holder import describe  # seldom needed
-
-    holder = describe(host, port) if exc.errno == errno.EADDRINUSE else ""
-    return f"can't listen on {host}:{port}: {exc.strerror}; stop {holder or 'what does'}, or change server.port"
-
-
-def _attend(daemon: Daemon, watcher: ConfigWatcher, events: SimpleQueue[str]) -> None:
-    """Until "stop": reload when told to and when the file has changed."""
-    event = "start"
-    while event != "stop":
-        try:
-            new = watcher.reload() if event else watcher.poll()
-        except ConfigError as exc:
-            daemon.refuse(str(exc))
-        else:
-            if new is not None and (event != "start" or daemon.serves_other_than(new)):
-                daemon.use(new)
-                _to_stderr(f"configuration reloaded from {new.path}")
-        try:
-            event = events.get(timeout=WATCH_CONFIG)
-        except Empty:
-            event = ""

@@ -17,21 +17,22 @@ from portway.wire.events import loads_object
 
 if TYPE_CHECKING:
     from portway.config import Config, Model
+    from portway.keys import Key
 
 _ID_PREFIX: Mapping[str, str] = {"chat": "chatcmpl-", "completions": "cmpl-", "embeddings": "embd-"}
-_ADDRESSES = ("image_url", "video_url", "audio_url")  # content parts that some servers fetch by themselves
+_PROMPT = ("messages", "input", "prompt")  # where content stands that some servers fetch by its address
 
 
-def read_call(endpoint: Endpoint, raw: bytes, config: Config) -> Call:
-    """The Call that `raw` asks for. Raises ClientError."""
+def read_call(endpoint: Endpoint, raw: bytes, config: Config, key: Key | None = None) -> Call:
+    """The Call that `raw` asks for, with the client's key. Raises ClientError."""
     body = loads_object(raw)
-    model = find_model(body.get("model"), config)
+    model = find_model(body.get("model"), config, key)
     stream = boolean(body, "stream") and endpoint != "embeddings"
-    include_usage = _include_usage(body.get("stream_options"))
+    include_usage = "stream_options" in body and _include_usage(body["stream_options"])
     if endpoint == "chat":
         _check_messages(body.get("messages"))
-        if b"_url" in raw or b"\\u" in raw:  # a key may be written with escapes
-            _refuse_addresses(body)
+    if b'url"' in raw or (b"\\" in raw and b"\\u" in raw):  # a key may be written with escapes
+        _refuse_addresses(body)
     return Call(
         endpoint=endpoint,
         body=body,
@@ -44,17 +45,21 @@ def read_call(endpoint: Endpoint, raw: bytes, config: Config) -> Call:
     )
 
 
-def find_model(name: object, config: Config) -> Model:
-    """The logical model of that name or alias. Raises ClientError: 400 without a name, 404 for an unknown one."""
+def find_model(name: object, config: Config, key: Key | None = None) -> Model:
+    """The logical model of that name or alias. Raises ClientError: 400 without a name, 404 for an unknown one,
+    403 for one that is not for this key, which is told of its own models alone."""
+    names = key.models if key is not None and key.models else tuple(config.models)
     if not isinstance(name, str) or not name:
-        raise ClientError(f"model must name one of: {', '.join(config.models)}.", param="model")
+        raise ClientError(f"model must name one of: {', '.join(names)}.", param="model")
     model = config.resolve(name)
     if model is None:
-        near = config.near(name)
-        hint = f"Did you mean {' or '.join(near)}?" if near else f"There are: {', '.join(config.models)}."
+        near = [other for other in config.near(name) if config.names[other] in names]
+        hint = f"Did you mean {' or '.join(near)}?" if near else f"There are: {', '.join(names)}."
         raise ClientError(
             f"The model {name[:128]!r} does not exist. {hint}", status=404, code="model_not_found", param="model"
         )
+    if key is not None:
+        key.check_model(model.name)
     return model
 
 
@@ -92,17 +97,29 @@ def _check_messages(messages: Any) -> None:
 
 
 def _refuse_addresses(body: Mapping[str, Any]) -> None:
-    """Some servers would fetch such an address, from inside this network (unslothai/unsloth#11160)."""
-    for part in _parts(body):
-        for key in _ADDRESSES:
-            media = part.get(key)
-            url = media.get("url") if isinstance(media, dict) else media
-            if isinstance(url, str) and url[:5].lower() != "data:":
-                raise ClientError(
-                    "Images are not fetched from an address; send the image itself as a data: URL.",
-                    param="messages",
-                    code="remote_image",
-                )
+    """Some servers would fetch such an address, from inside this network (unslothai/unsloth#11160), or read
+    such a file. Looked for are the members `url` and `.._url` of all content, however deep, but for the sources
+    that an earlier answer cites."""
+    rest = [item for key in _PROMPT for item in _content(body.get(key))]
+    while rest:
+        value = rest.pop()
+        if isinstance(value, list):
+            rest += value
+        elif isinstance(value, dict):
+            rest += [item for key, item in value.items() if key != "annotations"]
+            for key, item in value.items():
+                if (key == "url" or key.endswith("_url")) and isinstance(item, str) and item[:5].lower() != "data:":
+                    raise ClientError(
+                        "Images are not fetched from an address; send the image itself as a data: URL.",
+                        param="messages",
+                        code="remote_image",
+                    )
+
+
+def _content(value: Any) -> list[Any]:
+    """What a message or an input holds, apart from what the model itself has said and done."""
+    items = value if isinstance(value, list) else [value]
+    return [item["content"] if isinstance(item, dict) and "content" in item else item for item in items]
 
 
 def _parts(body: Mapping[str, Any]) -> Iterator[dict[str, Any]]:

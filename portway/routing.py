@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Awaitable, Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -46,7 +46,7 @@ class Router:
         backends: Mapping[str, Backend],
         cooling: Cooling,
         complete: Callable[[Model], Model] = lambda model: model,
-        place: Callable[[Model, Watch, float, Iterable[Model]], Place | Free] = anywhere,
+        place: Callable[[Model, Watch, float, Iterable[Model]], Awaitable[Place | Free]] = anywhere,
     ) -> None:
         cooling.adopt(config)
         self._config = config
@@ -55,88 +55,101 @@ class Router:
         self._complete = complete
         self._place = place
 
-    def serve(self, call: Call, watch: Watch, *, fallback: bool = True) -> Served:
+    async def serve(self, call: Call, watch: Watch, *, fallback: bool = True, deadline: float | None = None) -> Served:
         """The first target of the chain that begins to answer (a stream) or answers (else).
 
+        deadline: time.monotonic() of the request's end; None = timeouts.total from now.
         Raises ChainExhausted, ClientGone, or ClientError where the call itself is at fault.
         """
         call.fallback = fallback
-        course = _Course(call, self._chain(call, fallback))
+        course = _Course(call, self._chain(call, fallback), deadline)
         cooling: list[Model] = []
         for target in course.targets():
             left = self._cooling.claim(target, course)
             if left is not None:
                 course.skip(target, _still_cooling(left))
                 cooling.append(target)
-            elif served := self._attempt(course, target, watch):
+            elif served := await self._attempt(course, target, watch):
                 return served
         if cooling and not course.tried:  # better than failing at once (litellm#3646)
             target = self._cooling.least_recently_failed(cooling)
-            if served := self._attempt(course, target, watch):
+            if served := await self._attempt(course, target, watch):
                 return served
         raise course.exhausted()
 
     def _chain(self, call: Call, fallback: bool) -> list[Model]:
         """Embeddings of two models do not compare, so a fallback would poison an index in silence."""
-        alone = not fallback or call.endpoint == "embeddings"
-        members = [call.model] if alone else self._config.chain(call.model)
-        return [self._complete(member) for member in members]
+        if not fallback or call.endpoint == "embeddings":
+            return [self._complete(call.model)]
+        return list(map(self._complete, self._config.chain(call.model)))
 
-    def _attempt(self, course: _Course, target: Model, watch: Watch) -> Served | None:
+    async def _attempt(self, course: _Course, target: Model, watch: Watch) -> Served | None:
         """Try one target; None if it failed before the first content."""
         watch.phase = "waiting"
         started = time.monotonic()
+        answer: Answer | None = None
         try:
-            served = self._begin(course, target, watch)
+            limits = course.limits(target, started)
+            with await self._place(target, watch, limits.answer_by, course.later()) as place:
+                course.queued += time.monotonic() - started
+                # from here on the place is given back when the answer is closed
+                backend = self._backends[target.backend.name]
+                answer = place.hold(await backend.open(course.call, target, limits, watch))
+            served = await self._begun(course, target, answer)
         except BackendError as error:
+            await _close(answer)
             self._cooling.failed(target, error, course)
             course.failed(target, error, time.monotonic() - started)
+            await watch.on_loop()  # it may have waited for a place on a worker
             return None
         except BaseException:  # the client left, or asks for what nobody could do: no word on the target
+            await _close(answer)
             self._cooling.leave(target, course)
             raise
         course.attempts.append(Attempt(target.name, "ok", time.monotonic() - started))
         return served
 
-    def _begin(self, course: _Course, target: Model, watch: Watch) -> Served:
-        call = course.call
-        limits = course.limits(target)
-        asked = time.monotonic()
-        with self._place(target, watch, limits.answer_by, course.later()) as place:
-            course.queued += time.monotonic() - asked
-            # from here on the place is given back when the answer is closed
-            answer = place.hold(self._backends[target.backend.name].open(call, target, limits, watch))
-        try:
-            if call.stream:
-                return self._streamed(course, target, answer)
-            whole = answer.whole()
-        except BaseException:
-            answer.close()
-            raise
+    async def _begun(self, course: _Course, target: Model, answer: Answer) -> Served:
+        """The answer, as far as it must be in before the target is settled on."""
+        if course.call.stream:
+            followed = _Followed(answer, target, self._cooling)
+            first = await followed.piece()
+            return Served(target, answer, course.attempts, first, followed.piece, course.queued)
+        whole = await answer.whole()
         self._cooling.succeeded(target)
         return Served(target, answer, course.attempts, whole=whole, queued=course.queued)
 
-    def _streamed(self, course: _Course, target: Model, answer: Answer) -> Served:
-        pieces = self._followed(target, answer.pieces())
-        first = next(pieces)
-        return Served(target, answer, course.attempts, first=first, rest=pieces, queued=course.queued)
 
-    def _followed(self, target: Model, pieces: Iterator[bytes]) -> Iterator[bytes]:
-        """The pieces as they are; how the stream ends after its first one is still the target's success or failure."""
-        first = next(pieces)
-        if first.endswith(DONE):
-            self._cooling.succeeded(target)
-        else:
-            self._cooling.answers(target)
-        yield first
+async def _close(answer: Answer | None) -> None:
+    if answer is not None:
+        await answer.close()
+
+
+class _Followed:
+    """A stream's pieces as they are; how it goes on and ends is the target's success or failure."""
+
+    __slots__ = ("_answer", "_begun", "_cooling", "_target")
+
+    def __init__(self, answer: Answer, target: Model, cooling: Cooling) -> None:
+        self._answer = answer
+        self._target = target
+        self._cooling = cooling
+        self._begun = False
+
+    async def piece(self) -> bytes:
+        """See Answer.piece."""
         try:
-            for piece in pieces:
-                if piece.endswith(DONE):
-                    self._cooling.succeeded(target)
-                yield piece
+            piece = await self._answer.piece()
         except BackendError as error:
-            self._cooling.failed(target, error)
+            if self._begun:
+                self._cooling.failed(self._target, error)
             raise
+        if piece.endswith(DONE):
+            self._cooling.succeeded(self._target)
+        elif not self._begun:
+            self._cooling.answers(self._target)
+        self._begun = True
+        return piece
 
 
 class ChainExhausted(PortwayError):
@@ -168,7 +181,7 @@ class ChainExhausted(PortwayError):
 class _Course:
     """What was tried, what is still open, and how long it may take."""
 
-    def __init__(self, call: Call, chain: list[Model]) -> None:
+    def __init__(self, call: Call, chain: list[Model], deadline: float | None) -> None:
         self.call = call
         self.attempts: list[Attempt] = []
         self.tried = False
@@ -177,7 +190,7 @@ class _Course:
         self._decisive: BackendError | None = None  # what the client is told: its status and code
         self._chain = chain
         self._left = len(chain)
-        self._deadline = time.monotonic() + call.model.timeouts.total
+        self._deadline = time.monotonic() + call.model.timeouts.total if deadline is None else deadline
         self._blocks: list[Callable[[Model], BackendError | None]] = []  # each says why a target is out
         self._over = False
 
@@ -196,9 +209,8 @@ class _Course:
         """The members behind the present one that may still be tried."""
         return (target for target in self._chain[len(self._chain) - self._left + 1 :] if not self._blocked(target))
 
-    def limits(self, target: Model) -> Limits:
+    def limits(self, target: Model, now: float) -> Limits:
         """This attempt's share: what is left of the whole, divided among those still to come."""
-        now = time.monotonic()
         times = target.timeouts
         answer_by = now + max(0.0, self._deadline - now) / self._left
         return Limits(times.connect, times.load, times.first_token, times.idle, answer_by, self._deadline)
@@ -235,7 +247,7 @@ class _Course:
         for block in self._blocks:
             if why := block(target):
                 return why
-        if missing := _missing(self.call, target):
+        if target.capabilities is not None and (missing := _missing(self.call, target.capabilities)):
             return BackendError("unsupported", f"skipped, as it can't do this: {missing}", detail=f"no {missing}")
         if _too_long(self.call, target):
             return _too_small(target, "the prompt can't fit its window")
@@ -269,11 +281,8 @@ def _too_small(target: Model, why: str) -> BackendError:
     return BackendError("context_length_exceeded", message, detail=f"num_ctx {target.num_ctx}")
 
 
-def _missing(call: Call, target: Model) -> str:
-    """What the call needs and the target, as far as is known, lacks; "" if nothing."""
-    known = target.capabilities
-    if known is None:
-        return ""
+def _missing(call: Call, known: Collection[str]) -> str:
+    """What the call needs and a target that has these capabilities lacks; "" if nothing."""
     if "tools" not in known and call.body.get("tools") and call.body.get("tool_choice") != "none":
         return "tools"
     if "vision" not in known and has_images(call.body):

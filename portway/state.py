@@ -80,7 +80,7 @@ class State:
             "family": model.family,
             "chain": [member.name for member in self.config.chain(model)],
             "aliases": list(model.aliases),
-            "flag": model.flag or None,
+            "flag": self.config.flag_of(model) or None,
         }
         return card
 
@@ -91,6 +91,24 @@ class State:
 
 
 _KINDS: Mapping[str, Callable[[Any], Backend]] = {"ollama": OllamaBackend, "openai": OpenAIBackend}
+
+
+# What counts when the daemon starts, and not again: a thread pool, files that are open
+AT_START = {
+    "server": ("max_requests", "max_connections", "write_timeout"),
+    "log": ("enabled", "file"),
+    "cache": ("enabled", "file"),
+}
+
+
+def left_for_the_start(old: Config, new: Config) -> list[str]:
+    """The settings in which they differ and which a reload does not take over."""
+    return [
+        f"{section}.{key}"
+        for section, keys in AT_START.items()
+        for key in keys
+        if getattr(getattr(old, section), key) != getattr(getattr(new, section), key)
+    ]
 
 
 def open_log(config: Config, environ: Mapping[str, str]) -> Log | None:
@@ -106,5 +124,18 @@ def open_cache(config: Config, environ: Mapping[str, str]) -> Cache | None:
     """The cache that `config` wants; None = none. It outlives reloads."""
     if not config.cache.enabled:
         return None
-    lifetime = max((model.cache for model in config.models.values()), default=0.0)
-    return Cache(config.cache.file or default_path(environ), config.cache.max_size, lifetime or LIFETIME)
+    return Cache(config.cache.file or default_path(environ), config.cache.max_size, _lifetime(config))
+
+
+def adjust(config: Config, log: Log | None, cache: Cache | None) -> None:
+    """Have log and cache go on by another configuration, but for what AT_START says."""
+    if log:
+        log.price = Price(config.price.input, config.price.output)
+        log.limit(config.log.max_size, config.log.keep)
+    if cache:
+        cache.limit(config.cache.max_size, _lifetime(config))
+
+
+def _lifetime(config: Config) -> float:
+    """Seconds for which an answer of any model may be wanted."""
+    return max((model.cache for model in config.models.values()), default=0.0) or LIFETIME

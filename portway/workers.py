@@ -91,23 +91,25 @@ class Workers:
 
 
 class InFlight:
-    """Counts the requests under way. The condition guards `count`."""
+    """Counts the requests under way. Only the loop's thread counts; any thread may read, or wait for none."""
 
     def __init__(self) -> None:
         self.count = 0
-        self._changed = threading.Condition()
+        self._none = threading.Event()
+        self._none.set()
 
-    def __enter__(self) -> None:
-        with self._changed:
-            self.count += 1
+    def begin(self) -> None:
+        """One more."""
+        if not self.count:
+            self._none.clear()
+        self.count += 1
 
-    def __exit__(self, *_: object) -> None:
-        with self._changed:
-            self.count -= 1
-            if not self.count:
-                self._changed.notify_all()
+    def end(self) -> None:
+        """One less."""
+        self.count -= 1
+        if not self.count:
+            self._none.set()
 
     def wait_for_none(self, timeout: float) -> bool:
         """Until the last one has ended, for `timeout` seconds at most; whether it has."""
-        with self._changed:
-            return self._changed.wait_for(lambda: not self.count, timeout)
+        return self._none.wait(timeout)

@@ -1,13 +1,14 @@
 #!/usr/bin/env python3
-"""What a request costs in counts, which are stable where clocks are not: counts.py [--update] [--where CASE].
+"""What a request costs in counts, which are stable where clocks are not: counts.py [--record] [--where CASE].
 
 For each case, per request: system calls (strace), instructions of Python's interpreter, blocks of memory that stay,
 and the most bytes that are in use during one, its log line included. They are compared with counts.json, by Python
-version; what has grown by more than 10% fails the build. --update writes the file anew, --where shows the functions
-in which a case's instructions are.
+version; what has grown by more than 10% fails the build. --record writes the file anew, with every Python 3.11 or newer
+that is found here; --where shows the functions in which a case's instructions are.
 
 The daemon runs in a process of its own with next to nothing around it, on one connection, so that each request
-takes the same way. Its log and its cache are on, and what their threads do counts.
+takes the same way. Its log and its cache are on, and what their threads do counts. Without strace, or where it may
+not look at another process, system calls are not counted, which is said.
 """
 
 from __future__ import annotations
@@ -21,7 +22,8 @@ import statistics
 import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any, Self
 
@@ -37,6 +39,7 @@ REQUESTS_KEPT = 1000  # for what stays: a table that grows once must not look li
 LATER = 10_000  # numbers of prompts that were not used before
 SINGLES = 5  # requests that are looked at one by one
 VERSION = f"{sys.version_info.major}.{sys.version_info.minor}"
+IN_PATH = [f"python3.{minor}" for minor in range(11, 20)]
 
 # case -> (model, streamed, whether each prompt is another one)
 CASES = {
@@ -56,31 +59,70 @@ def main(argv: Sequence[str]) -> int:
         for place, count in counted("instructions", asked.where)["where"]:
             print(f"{count:10.1f}  {place}")
         return 0
+    if asked.record:
+        return record(pythons())
     found = {case: _all_counts(case) for case in CASES}
     print(json.dumps(found, indent=1))
-    baseline: dict[str, Any] = json.loads(BASELINE.read_text(encoding="utf-8")) if BASELINE.exists() else {}
-    if asked.update:
-        text = json.dumps({**baseline, VERSION: found}, indent=1, sort_keys=True)
-        BASELINE.write_text(text + "\n", encoding="utf-8")
+    baseline = _baseline().get(VERSION)
+    if baseline is None:
+        print(f"there is no baseline for Python {VERSION}; --record makes one", file=sys.stderr)
         return 0
-    if VERSION not in baseline:
-        print(f"there is no baseline for Python {VERSION}; --update makes one", file=sys.stderr)
-        return 0
-    problems = grown(found, baseline[VERSION])
-    for problem in problems:
-        print(problem, file=sys.stderr)
+    problems = grown(found, baseline)
+    for line in (*fallen(found, baseline), *problems):
+        print(line, file=sys.stderr)
     return 1 if problems else 0
 
 
-def grown(found: dict[str, dict[str, float]], before: dict[str, dict[str, float]]) -> list[str]:
+def record(programs: Sequence[str]) -> int:
+    """Write counts.json anew with these Pythons. Returns the exit code."""
+    for program in programs:
+        print(program, file=sys.stderr)
+        done = subprocess.run([program, __file__], stdout=subprocess.PIPE, text=True, check=False)
+        version = subprocess.run([program, "--version"], stdout=subprocess.PIPE, text=True, check=True).stdout
+        minor = ".".join(version.split()[1].split(".")[:2])
+        baseline = {**_baseline(), minor: json.loads(done.stdout)}
+        BASELINE.write_text(json.dumps(baseline, indent=1, sort_keys=True) + "\n", encoding="utf-8")
+    return 0
+
+
+def pythons() -> list[str]:
+    """Of each minor version from 3.11 on that is found here the newest, beginning with this one."""
+    newest: dict[int, tuple[int, str]] = {}
+    here = Path.home().glob(".pyenv/versions/*/bin/python3")
+    for program in (*map(str, here), *filter(None, map(shutil.which, IN_PATH))):
+        ask = [program, "-c", "import sys; print(*sys.version_info[1:3])"]
+        answer = subprocess.run(ask, capture_output=True, text=True, check=False).stdout.split()
+        if len(answer) == 2 and int(answer[0]) >= 11:
+            newest[int(answer[0])] = max(newest.get(int(answer[0]), (-1, "")), (int(answer[1]), program))
+    newest[sys.version_info.minor] = (0, sys.executable)
+    return [program for _, (_, program) in sorted(newest.items())]
+
+
+def _baseline() -> dict[str, Any]:
+    return dict(json.loads(BASELINE.read_text(encoding="utf-8"))) if BASELINE.exists() else {}
+
+
+Found = dict[str, dict[str, float]]  # by case, then by name
+
+
+def grown(found: Found, before: Found) -> list[str]:
     """A line for each count that is more than 10% above what it was."""
-    lines = []
-    for case, counts in found.items():
+    return [f"{what} has grown from {was:.1f} to {now:.1f}" for what, was, now in _beyond(before, found)]
+
+
+def fallen(found: Found, before: Found) -> list[str]:
+    """A line for each count that is so far below that it could grow unseen."""
+    down = _beyond(found, before)
+    return [f"{what} fell from {was:.1f} to {now:.1f}: --record would keep it there" for what, now, was in down]
+
+
+def _beyond(low: Found, high: Found) -> Iterator[tuple[str, float, float]]:
+    """What is more than TOLERANCE higher, and by more than next to nothing."""
+    for case, counts in high.items():
         for name, count in counts.items():
-            was = before.get(case, {}).get(name)
-            if was is not None and count > was * (1 + TOLERANCE) and count > was + SLACK[name]:
-                lines.append(f"{case}: {name} has grown from {was:.1f} to {count:.1f}")
-    return lines
+            other = low.get(case, {}).get(name)
+            if other is not None and count > other * (1 + TOLERANCE) and count > other + SLACK[name]:
+                yield f"{case}: {name}", other, count
 
 
 def _all_counts(case: str) -> dict[str, float]:
@@ -88,9 +130,18 @@ def _all_counts(case: str) -> dict[str, float]:
         "instructions": counted("instructions", case)["instructions"],
         **counted("memory", case),
     }
-    if shutil.which("strace") and case != "stored":  # how many answers a transaction takes along is a matter of time
+    if case == "stored":  # how many answers a transaction takes along is a matter of time
+        return counts
+    if shutil.which("strace") is None:
+        _say_once("strace is not installed: system calls are not counted")
+    else:
         counts |= counted("syscalls", case)
     return counts
+
+
+@cache
+def _say_once(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
 
 
 def counted(what: str, case: str) -> dict[str, Any]:
@@ -108,7 +159,7 @@ def _count(what: str, case: str, daemon: Child, folder: Path) -> dict[str, Any]:
         _ask(client, case, range(WARM_UP))
         daemon.tell("begin")
         if what == "syscalls":
-            return {"syscalls": _traced(client, case, daemon.pid, folder / "strace")}
+            return _traced(client, case, daemon.pid, folder / "strace")
         requests = REQUESTS_KEPT if what == "memory" else REQUESTS
         _ask(client, case, range(WARM_UP, WARM_UP + requests))
         result: dict[str, Any] = daemon.tell(f"end {requests}")
@@ -125,21 +176,25 @@ def _peak(client: socket.socket, case: str, daemon: Child, number: int) -> int:
     return peak
 
 
-def _traced(client: socket.socket, case: str, pid: int, out: Path) -> float:
+def _traced(client: socket.socket, case: str, pid: int, out: Path) -> dict[str, Any]:
     """System calls per request, but for those by which threads wait and wake each other: these vary with the
-    machine, and a wait of ours shows in the others."""
+    machine, and a wait of ours shows in the others. Nothing if strace is not let."""
     command = ["strace", "-f", "-c", "-o", str(out), "-p", str(pid)]
     attached, said = os.pipe()
     with subprocess.Popen(command, stderr=said) as tracer:
-        os.read(attached, 256)  # "Process N attached with M threads"
-        _ask(client, case, range(WARM_UP, WARM_UP + REQUESTS))
+        os.close(said)
+        words = os.read(attached, 256).decode(errors="replace")  # "Process N attached with M threads"
+        if "attached" in words:
+            _ask(client, case, range(WARM_UP, WARM_UP + REQUESTS))
         tracer.terminate()
     os.close(attached)
-    os.close(said)
+    if "attached" not in words:
+        _say_once(f"system calls are not counted: {words.strip()}")
+        return {}
     rows = [line.split() for line in out.read_text().splitlines()]
     calls = {row[-1]: int(row[3]) for row in rows if len(row) >= 5 and row[3].isdigit()}
     waits = ("total", "futex", "clock_nanosleep", "restart_syscall")
-    return round(sum(count for name, count in calls.items() if name not in waits) / REQUESTS, 2)
+    return {"syscalls": round(sum(count for name, count in calls.items() if name not in waits) / REQUESTS, 2)}
 
 
 def _ask(client: socket.socket, case: str, numbers: range) -> None:
@@ -209,7 +264,7 @@ class Child:
 
 def _read(argv: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="counts.py", description="Counts per request, against counts.json.")
-    parser.add_argument("--update", action="store_true", help="write counts.json for this version of Python")
+    parser.add_argument("--record", action="store_true", help="write counts.json anew, with every Python that is here")
     parser.add_argument("--where", choices=CASES, metavar="CASE", help=f"the functions of one of: {', '.join(CASES)}")
     return parser.parse_args(argv)
 

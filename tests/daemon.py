@@ -21,6 +21,7 @@ from typing import Self
 
 from portway import config, proxy
 from portway.cache.store import Cache
+from portway.loop import POLLOUT
 from portway.telemetry import Log
 from tests.doubles import RawClient
 from tests.llama_server import wait_for
@@ -49,7 +50,7 @@ class _Running:
 
 
 class Daemon(_Running):
-    """The daemon in threads of this process. Its log's lines are in `log`."""
+    """The daemon in this process, on threads of its own. Its log's lines are in `log`."""
 
     def __init__(
         self,
@@ -69,6 +70,10 @@ class Daemon(_Running):
         return self
 
     def __exit__(self, *_: object) -> None:
+        self._daemon.stop(drain=1.0)
+
+    def stop(self) -> None:
+        """End it before the end of its block."""
         self._daemon.stop(drain=1.0)
 
     def use(self, toml: str) -> None:
@@ -91,9 +96,30 @@ class Daemon(_Running):
         return len(self._daemon._flights)
 
     @property
-    def parked(self) -> dict[int, proxy.Handler]:
-        """The connections that have no thread now."""
-        return self._daemon._server._parked
+    def idle(self) -> list[proxy.Handler]:
+        """The connections that have no request under way, nor one that waits for its turn."""
+        return [handler for handler in list(self._daemon._server._open) if handler.is_idle]
+
+    @property
+    def connections(self) -> int:
+        """How many clients are connected."""
+        return self._daemon._server.connections
+
+    @property
+    def in_flight(self) -> int:
+        """How many requests are under way."""
+        return self._daemon._server.in_flight.count
+
+    @property
+    def writing(self) -> int:
+        """How many requests wait on the loop until somebody takes more."""
+        entries = list(self._daemon._server.loop._entries.values())
+        return sum(entry.mask == POLLOUT and entry.task is not None for entry in entries)
+
+    @property
+    def backlog(self) -> int:
+        """How many connections have a request that waits for its turn."""
+        return len(self._daemon._server.backlog)
 
 
 class DaemonProcess(_Running):
@@ -106,7 +132,13 @@ class DaemonProcess(_Running):
         self._folder = tempfile.TemporaryDirectory(prefix="portway-daemon-")
         self.configuration = Path(self._folder.name) / "models.toml"
         self.configuration.write_text(_without_memory(toml), encoding="utf-8")
-        own = {"HOME": self._folder.name, "XDG_DATA_HOME": "", "XDG_CACHE_HOME": "", "XDG_CONFIG_HOME": ""}
+        own = {
+            "HOME": self._folder.name,
+            "XDG_DATA_HOME": "",
+            "XDG_CACHE_HOME": "",
+            "XDG_CONFIG_HOME": "",
+            "XDG_STATE_HOME": "",
+        }
         self._environ = {**os.environ, **own, **(environ or {})}
         self._args = args
         self._process: subprocess.Popen[bytes] | None = None
@@ -119,7 +151,7 @@ class DaemonProcess(_Running):
     def lines(self) -> list[str]:
         """The lines of its log of requests."""
         path = Path(self._folder.name) / ".local" / "share" / "portway" / "log.jsonl"
-        return path.read_text(encoding="utf-8").splitlines()
+        return path.read_text(encoding="utf-8").splitlines() if path.exists() else []
 
     @property
     def pid(self) -> int:

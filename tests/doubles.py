@@ -414,9 +414,10 @@ def _read_request(reader: _Reader, connection: ScriptedConnection) -> ScriptedRe
     line = reader.line()
     if line is None:
         return None
-    method, path, _ = line.decode("latin-1").split(" ", 2)
+    method, _, rest = line.decode("latin-1").partition(" ")
+    path, _, version = rest.partition(" ")
     headers = _read_headers(reader)
-    if headers is None:
+    if headers is None or not version:
         return None
     if any(name.lower() == "expect" for name, _ in headers):
         connection.sock.sendall(b"HTTP/1.1 100 Continue\r\n\r\n")
@@ -635,7 +636,7 @@ def _read_headers(reader: _Reader) -> list[tuple[str, str]] | None:
 def _body_pieces(reader: _Reader, headers: Sequence[tuple[str, str]], *, until_close: bool) -> Iterator[bytes | None]:
     """The body's pieces as they arrive; a None at the end says that it was cut off."""
     fields = {name.lower(): value for name, value in headers}
-    if fields.get("transfer-encoding", "").lower() == "chunked":
+    if "chunked" in fields.get("transfer-encoding", "").lower():
         yield from _chunked_pieces(reader)
     elif "content-length" in fields:
         yield from _counted_pieces(reader, int(fields["content-length"]))

@@ -62,6 +62,11 @@ class Target(ScriptedServer):
         self._answers.insert(0, reply)
 
     @property
+    def left(self) -> int:
+        """How many replies of the script are still to be played."""
+        return len(self._answers)
+
+    @property
     def asked(self) -> list[ScriptedRequest]:
         """The requests so far that a client is behind."""
         return [each for each in self.requests if each.method == "POST" and each.path not in NOT_ASKED]
@@ -203,10 +208,10 @@ class MadeUpReply:
         self.done: list[str] = []
         self._reads = [data for data in reads if data]
 
-    def read(self) -> bytes:
+    async def read(self) -> bytes:
         return self._reads.pop(0) if self._reads else b""
 
-    def settle(self) -> None:
+    async def settle(self) -> None:
         self.done.append("settle")
 
     def close(self) -> None:

@@ -18,11 +18,13 @@ import unittest
 import zipfile
 from collections.abc import Mapping, Sequence
 from typing import Any
+from unittest import mock
 
-from portway import __version__
+from portway import __version__, fields
 from portway.ask import command as ask
 from portway.ask import install as ask_install
 from portway.ask import manual as ask_help
+from portway.ask import terminal
 from portway.ask.client import Address, dumps, loads
 from portway.ask.terminal import harmless
 from tests.doubles import (
@@ -339,6 +341,11 @@ class TestOptions(AskTestCase):
         self.answered("ok", "-n", "--", "--9b", "-x")
         self.assertEqual(self.prompt(), "--9b -x")
 
+    def test_no_tier_can_hide_behind_an_option(self):
+        """What ask understands itself is no flag of a model; the configuration refuses all of these."""
+        own = {name.removeprefix("--") for name in (*ask.SWITCHES, *ask.VALUES) if name.startswith("--")}
+        self.assertEqual({*own, "default"}, fields._ASK_OPTIONS)
+
 
 class TestAnswer(AskTestCase):
     def test_a_demotion_is_always_said(self):
@@ -348,6 +355,29 @@ class TestAnswer(AskTestCase):
             done = self.ask(*arguments)
             self.assertEqual((done.returncode, done.stdout), (0, b"Hi.\n"))
             self.assertEqual(done.stderr.decode(), "[degraded: fast-9b \u2192 fast-1b]\n")
+
+    def test_a_council_that_is_not_complete_is_said(self):
+        """Who of it failed, was cut off, or was stood in for. One that is complete is none, nor is a cascade's step."""
+        seat = {"model": "a", "served_by": "a", "status": "ok"}
+        broken = {"model": "b", "served_by": None, "status": "server_error"}
+        other = {"model": "c", "served_by": "d", "status": "ok"}
+        council = {"served_by": "council(a>c)", "council": "degraded", "members": [seat, broken], "chairman": other}
+        whole = {**council, "council": "ok", "members": [seat, seat], "chairman": seat}
+        steps = {"steps": [{"model": "b", "served_by": "b", "reason": "cut"}, {"model": "a", "served_by": "a"}]}
+        demoted = {"steps": [*steps["steps"], {"model": "c", "served_by": "d"}]}
+        attempts = {"X-Portway-Attempts": "b=cut(0.1s); a=ok"}
+        for facts, by, headers, note in (
+            (council, "council(a>c)", {}, "[degraded: b: server_error, c \u2192 d]\n"),
+            (whole, "council(a,a>a)", {}, ""),
+            (steps, "cascade(b>a)", attempts, ""),
+            (demoted, "cascade(b>a>d)", attempts, "[degraded: c \u2192 d]\n"),
+        ):
+            with self.subTest(facts):
+                body = {**completion("Hi."), "portway": facts}
+                self.server.add(json_reply(body, headers={"X-Served-By": by, **headers}))
+                done = self.ask("q")
+                self.assertEqual((done.returncode, done.stderr.decode()), (0, note))
+        self.assertEqual(self.ask("--last").stderr.decode(), "[degraded: c \u2192 d]\n")
 
     def test_warnings_of_the_daemon_are_passed_on(self):
         """They say that the answer is not quite what was asked for."""
@@ -390,6 +420,8 @@ class TestAnswer(AskTestCase):
         done = self.ask("--json", "q")
         self.assertEqual((done.returncode, done.stdout), (1, b'{"a": \n'))
         self.assertIn(b"not valid JSON", done.stderr)
+        self.server.add(json_reply(completion('{"a": ')))
+        self.assertEqual(self.ask("--schema", self.file("s.json", b"{}"), "q").returncode, 1)
 
     def test_a_schema_is_sent_as_it_is(self):
         """Whatever JSON it holds."""
@@ -487,6 +519,8 @@ class TestFailure(AskTestCase):
             sse_reply([delta("Hi")], done=False),
             [b"SSH-2.0-OpenSSH_9.6\r\n", CLOSE],
             [b"x" * 100_000, CLOSE],
+            [b"x" * 100_000, HANG],
+            [b"HTTP/1.1 200 OK\r\nX-Long: " + b"x" * 100_000, HANG],
             http_reply(b"<html>", content_type="text/html"),
             http_reply(b"<html>", status=502, content_type="text/html"),
             json_reply({"error": "in 200"}),
@@ -498,23 +532,24 @@ class TestFailure(AskTestCase):
             self.assertEqual((done.returncode, done.stderr[:5], done.stderr.count(b"\n")), (1, b"ask: ", 1), step)
 
     def test_a_refusal_is_read_though_the_request_was_not(self):
-        """A server may answer 413 and close while a large question is still being sent."""
+        """A server may answer 413 while a large question is still being sent, and read the rest of it or close."""
         refusal = json_reply({"error": {"message": "larger than server.max_body"}}, 413, keep_alive=False)
-        with socket.create_server(("127.0.0.1", 0)) as listener:
-            thread = threading.Thread(target=self._refuse, args=(listener, refusal))
-            thread.start()
-            url = f"http://127.0.0.1:{listener.getsockname()[1]}"
-            done = self.ask("q", given=b"x" * 30_000_000, environ={"PORTWAY_URL": url})
-            thread.join(PATIENCE)
-        self.assertEqual((done.returncode, done.stderr), (1, b"ask: larger than server.max_body\n"))
+        for reads in (True, False):
+            with self.subTest(reads=reads), socket.create_server(("127.0.0.1", 0)) as listener:
+                thread = threading.Thread(target=self._refuse, args=(listener, refusal, reads))
+                thread.start()
+                url = f"http://127.0.0.1:{listener.getsockname()[1]}"
+                done = self.ask("q", given=b"x" * 30_000_000, environ={"PORTWAY_URL": url})
+                thread.join(PATIENCE)
+                self.assertEqual((done.returncode, done.stderr), (1, b"ask: larger than server.max_body\n"))
 
-    def _refuse(self, listener: socket.socket, refusal: bytes) -> None:
+    def _refuse(self, listener: socket.socket, refusal: bytes, reads: bool) -> None:
         connection, _ = listener.accept()
         with connection:
             connection.recv(1000)
             connection.sendall(refusal)
             connection.shutdown(socket.SHUT_WR)
-            while connection.recv(1 << 20):
+            while reads and connection.recv(1 << 20):
                 pass
 
     def test_interrupting_closes_the_connection(self):
@@ -586,6 +621,10 @@ class Screen:
         while text not in self.seen:
             if not self._read(until):
                 raise AssertionError(f"{text!r} is not in {self.seen!r}")
+
+    def wait_for_more(self) -> None:
+        """Read what comes next; after PATIENCE, or at the end, nothing."""
+        self._read(time.monotonic() + PATIENCE)
 
     def wait_end(self) -> str:
         """Read until nobody has the terminal open any more."""
@@ -766,23 +805,6 @@ class TestManual(AskTestCase):
                     done = subprocess.run(check, input=script, capture_output=True, timeout=PATIENCE, check=False)
                     self.assertEqual((done.returncode, done.stderr), (0, b""))
 
-    @unittest.skipUnless(shutil.which("bash"), "needs bash")
-    def test_bash_completes_tiers_from_the_daemon(self):
-        """--<TAB> offers the daemon's tiers, -m <TAB> its models."""
-        ask_install.install(str(self.folder / "bin"), self.environ)
-        for line, expected in (("ask --9", ["--9b"]), ("ask -m fast-3", ["fast-3b"]), ("ask --completion f", ["fish"])):
-            words = line.split(" ")
-            self.server.add(MODELS)
-            program = (
-                f'eval "$(ask --completion bash)"; COMP_WORDS=({" ".join(words)}); COMP_CWORD={len(words) - 1}; '
-                '_ask; echo "${COMPREPLY[@]}"'
-            )
-            environ = {**self.environ, "PATH": f"{self.folder}/bin:{self.environ['PATH']}"}
-            done = subprocess.run(
-                ["bash", "-c", program], env=environ, capture_output=True, timeout=PATIENCE, check=False
-            )
-            self.assertEqual((done.stdout.split(), done.stderr), ([word.encode() for word in expected], b""))
-
 
 class TestInstall(AskTestCase):
     def test_it_starts_without_site_packages(self):
@@ -893,6 +915,18 @@ class TestPieces(unittest.TestCase):
         for text in ("", "{", "[1,", "{} {}", "NaN", '{"a": Infinity}', "'x'", '"\n"'):
             with self.assertRaises(ValueError, msg=text):
                 loads(text)
+
+    def test_all_is_written(self):
+        """However little the system takes at once."""
+        taken: list[bytes] = []
+
+        def write(_: int, data: bytes) -> int:
+            taken.append(data[:3])
+            return len(taken[-1])
+
+        with mock.patch.object(os, "write", write):
+            terminal._write(1, b"Hello there.")
+        self.assertEqual([b"Hel", b"lo ", b"the", b"re."], taken)
 
     def test_harmless_text_stays_as_it_is(self):
         """Line ends, tabs, every script, emoji."""

@@ -49,6 +49,13 @@ backend = "box"
 model = "qwen3.5:9b"
 think = true
 flag = "think"
+[models.council]
+kind = "council"
+members = ["three", "three"]
+chairman = "nine"
+[models.cascade]
+kind = "cascade"
+members = ["three", "nine"]
 """
 BROKEN = Fault("status", status=500, error="it broke")
 
@@ -118,10 +125,16 @@ class AskedForReal(unittest.TestCase):
 
     def test_tiers(self) -> None:
         """No flag is the default model, a flag is the model that has it in the daemon's configuration."""
-        for flags, model in (([], "nine"), (["--9b"], "nine"), (["--3b"], "three"), (["-m", "thinker"], "thinker")):
+        for flags, model in (
+            ([], "nine"),
+            (["--9b"], "nine"),
+            (["--3b"], "three"),
+            (["-m", "thinker"], "thinker"),
+            (["--council"], "council"),
+        ):
             done = self.ask("Why?", *flags, "--no-cache")
             self.assertEqual((0, ""), (done.returncode, done.stderr))
-            self.assertIn('You asked: "Why?"', done.stdout)
+            self.assertIn('You asked: "Why?', done.stdout)
             line = self.line()
             self.assertEqual((model, "ask", 0), (line["model"], line["client"], line["exit_code"]))
 
@@ -129,7 +142,7 @@ class AskedForReal(unittest.TestCase):
         """It is named, with those that there are, and the nearest one."""
         done = self.ask("--9bb", "Why?")
         self.assertEqual((2, ""), (done.returncode, done.stdout))
-        self.assertIn("no tier --9bb; there are --3b, --9b, --think; did you mean --9b?", done.stderr)
+        self.assertIn("no tier --9bb; there are --3b, --9b, --think, --council; did you mean --9b?", done.stderr)
         self.assertEqual([], self.asked)
         wait_for(lambda: self.log.written == 2, "its question, and that for the tiers")
         lines = [json.loads(line) for line in pathlib.Path(self.log.path).read_text().splitlines()]
@@ -137,7 +150,9 @@ class AskedForReal(unittest.TestCase):
 
     def test_the_list_of_tiers(self) -> None:
         """As shell completion asks for it."""
-        self.assertEqual("--3b\tthree\n--9b\tnine\n--think\tthinker\n", self.ask("--tiers").stdout)
+        self.assertEqual(
+            "--3b\tthree\n--9b\tnine\n--think\tthinker\n--council\tcouncil\n\tcascade\n", self.ask("--tiers").stdout
+        )
 
     def test_a_hit(self) -> None:
         """The second time no model works, and -v says so."""
@@ -181,6 +196,24 @@ class AskedForReal(unittest.TestCase):
         later = self.ask("Why?")
         self.assertEqual("", later.stderr)
         self.assertIn("playing qwen3.5:9b", later.stdout)
+
+    def test_a_council(self) -> None:
+        """Its one answer; where a part of it failed, or was stood in for, the note says who and why."""
+        done = self.ask("--council", "Why?")
+        self.assertEqual((0, ""), (done.returncode, done.stderr))
+        self.assertIn("playing qwen3.5:9b", done.stdout)
+        self.backend.fail("/api/chat", BROKEN)
+        self.assertEqual("[degraded: three: server_error]\n", self.ask("--council", "Why?").stderr)
+        self.backend.fail("qwen3.5:9b", BROKEN)
+        self.assertEqual("[degraded: nine \u2192 three]\n", self.ask("--council", "Why?").stderr)
+        self.assertEqual("[degraded: nine \u2192 three]\n", self.ask("--last").stderr)
+
+    def test_a_cascade(self) -> None:
+        """The next one's answering is what it is for; -v tells why."""
+        self.backend.fail("/api/chat", BROKEN)
+        done = self.ask("-v", "-m", "cascade", "Why?")
+        self.assertIn("playing qwen3.5:9b", done.stdout)
+        self.assertRegex(done.stderr, r"^\[served by cascade\(three>nine\); three=server_error\(.*\), nine=ok; ")
 
     def test_strict(self) -> None:
         """--strict takes no other model's answer: exit code 4, which the log has, too."""

@@ -14,11 +14,12 @@ from typing import Any
 from portway import config
 from portway.backends.ollama import EmbeddingAnswer, OllamaAnswer, OllamaBackend, Waiting
 from portway.backends.transport import Patience
-from portway.call import Answer, Call, Endpoint, Limits
+from portway.call import Answer, Call, Endpoint, Limits, finish
 from portway.errors import BackendError, ClientError
 from portway.standin.server import StandIn
 from portway.watch import NoClient
 from portway.wire.translate import ChatStream
+from tests.blocking import close, pieces, whole
 from tests.doubles import CLOSE, Bytewise, ScriptedServer, json_reply, ndjson_reply
 from tests.targets import FOREVER, MadeUpReply, Reply, frames, last_line, line, text_of
 
@@ -40,8 +41,8 @@ class _Case(unittest.TestCase):
         self.addCleanup(backend.close)
         soon = time.monotonic() + 5
         limits = Limits(5, 5, 5, 5, soon, soon)
-        answer = backend.open(asked, replace(MODEL, backend=target, **model), limits, NoClient())
-        self.addCleanup(answer.close)
+        answer = finish(backend.open(asked, replace(MODEL, backend=target, **model), limits, NoClient()))
+        self.addCleanup(close, answer)
         return answer
 
 
@@ -52,9 +53,9 @@ class RequestTest(_Case):
         with StandIn() as standin:
             answer = self.open(standin, asked, **model)
             if asked.stream:
-                list(answer.pieces())
+                list(pieces(answer))
             else:
-                answer.whole()
+                whole(answer)
             (request,) = standin.requests
             return request.path, request.json, answer
 
@@ -111,12 +112,13 @@ class RequestTest(_Case):
             backend = OllamaBackend(target)
             for asked in (call(stream=True), call(), call("completions", prompt="p"), call(stream=True)):
                 soon = time.monotonic() + 5
-                answer = backend.open(asked, replace(MODEL, backend=target), Limits(5, 5, 5, 5, soon, soon), NoClient())
+                limits = Limits(5, 5, 5, 5, soon, soon)
+                answer = finish(backend.open(asked, replace(MODEL, backend=target), limits, NoClient()))
                 if asked.stream:
-                    list(answer.pieces())
+                    list(pieces(answer))
                 else:
-                    answer.whole()
-                answer.close()
+                    whole(answer)
+                close(answer)
             self.assertEqual(1, len({request.connection for request in standin.requests}))
             backend.close()
             self.assertTrue(standin.wait_for(lambda seen: seen.connections == 0))
@@ -125,7 +127,7 @@ class RequestTest(_Case):
         """prompt and suffix go to /api/generate, and the text comes back as a legacy completion."""
         with StandIn() as standin:
             answer = self.open(standin, call("completions", prompt="def f(", suffix="return"), model="qwen3-coder:30b")
-            body = json.loads(answer.whole())
+            body = json.loads(whole(answer))
             (request,) = standin.requests
         self.assertEqual(("def f(", "return"), (request.json["prompt"], request.json["suffix"]))
         self.assertEqual(
@@ -140,7 +142,7 @@ class RequestTest(_Case):
             for form in ("float", "base64", None):
                 asked = call("embeddings", input=["a", "", "c"], **({"encoding_format": form} if form else {}))
                 answer = self.open(standin, asked, model="nomic-embed-text", num_ctx=None)
-                bodies.append(json.loads(answer.whole()))
+                bodies.append(json.loads(whole(answer)))
             self.assertEqual(bodies[0]["usage"]["prompt_tokens"], answer.tally.prompt_tokens)
         floats = [item["embedding"] for item in bodies[0]["data"]]
         packed = [base64.b64decode(item["embedding"]) for item in bodies[1]["data"]]
@@ -165,14 +167,14 @@ class AnswerTest(_Case):
         self, reply: Reply, asked: Call | None = None, **model: Any
     ) -> tuple[list[Any], BackendError | None]:
         """The frames of a streamed answer as far as they came, and the error that ended it."""
-        pieces: list[bytes] = []
+        got: list[bytes] = []
         with ScriptedServer([reply]) as server:
             try:
-                pieces.extend(self.open(server, asked or call(stream=True), **model).pieces())
+                got.extend(pieces(self.open(server, asked or call(stream=True), **model)))
             except BackendError as error:
-                return frames(b"".join(pieces)), error
-        self.assertNotIn(b"", pieces)
-        return frames(b"".join(pieces)), None
+                return frames(b"".join(got)), error
+        self.assertNotIn(b"", got)
+        return frames(b"".join(got)), None
 
     def test_bytewise(self):
         """A stream in single bytes, or in any chunks, is the same stream."""
@@ -245,7 +247,7 @@ class AnswerTest(_Case):
         got, error = self.run_script(ndjson_reply([line("same")] * 3))
         self.assertEqual(("samesamesame", "stream_broken"), (text_of(got), error and error.reason))
         with ScriptedServer([ndjson_reply([line("same")] * 3)]) as server, self.assertRaises(BackendError) as caught:
-            self.open(server, call()).whole()
+            whole(self.open(server, call()))
         self.assertEqual("connection_lost", caught.exception.reason)
 
     def test_not_json(self):
@@ -254,7 +256,7 @@ class AnswerTest(_Case):
             with self.subTest(junk=junk):
                 self.assertEqual("bad_answer", getattr(self.run_script(ndjson_reply([junk]))[1], "reason", None))
                 with ScriptedServer([ndjson_reply([junk])]) as server, self.assertRaises(BackendError) as caught:
-                    self.open(server, call("embeddings", input="x")).whole()
+                    whole(self.open(server, call("embeddings", input="x")))
                 self.assertEqual("bad_answer", caught.exception.reason)
 
     def test_thinking_that_was_left_in_the_text(self):
@@ -280,11 +282,12 @@ class AnswerTest(_Case):
         with ScriptedServer([ndjson_reply([line("a"), last_line()])]) as server:
             target = replace(BACKEND, url=server.url, port=server.port)
             backend, watch, soon = OllamaBackend(target), NoClient(), time.monotonic() + 5
-            answer = backend.open(call(), replace(MODEL, backend=target), Limits(5, 5, 5, 5, soon, soon), watch)
+            limits = Limits(5, 5, 5, 5, soon, soon)
+            answer = finish(backend.open(call(), replace(MODEL, backend=target), limits, watch))
             self.assertEqual("prompt", watch.phase)
-            answer.whole()
+            whole(answer)
             self.assertEqual("answer", watch.phase)
-            answer.close()
+            close(answer)
             backend.close()
 
     def test_embedding_failures(self):
@@ -297,15 +300,15 @@ class AnswerTest(_Case):
         }
         for name, (reply, reason) in replies.items():
             with self.subTest(name), ScriptedServer([reply]) as server, self.assertRaises(BackendError) as caught:
-                self.open(server, call("embeddings", input=["a", "b"])).whole()
+                whole(self.open(server, call("embeddings", input=["a", "b"])))
             self.assertEqual(reason, caught.exception.reason)
         with ScriptedServer([json_reply({"embeddings": [[0.1]], "prompt_eval_count": "x"})]) as server:
             answer = self.open(server, call("embeddings", input="a"))
-            self.assertNotIn("usage", json.loads(answer.whole()))
+            self.assertNotIn("usage", json.loads(whole(answer)))
             self.assertIsNone(answer.tally.prompt_tokens)
             self.assertIsInstance(answer, EmbeddingAnswer)
             with self.assertRaises(BackendError):
-                answer.pieces()
+                list(pieces(answer))
 
     def test_weird_lines(self):
         """Whatever JSON a server sends, the worst is a BackendError."""
@@ -320,16 +323,17 @@ class AnswerTest(_Case):
                 if number % 5 == 4:
                     asked = call("embeddings", input="x", **({"encoding_format": "base64"} if number % 2 else {}))
                 soon = time.monotonic() + 5
-                answer = backend.open(asked, replace(MODEL, backend=target), Limits(5, 5, 5, 5, soon, soon), NoClient())
+                limits = Limits(5, 5, 5, 5, soon, soon)
+                answer = finish(backend.open(asked, replace(MODEL, backend=target), limits, NoClient()))
                 try:
                     if asked.stream:
-                        frames(b"".join(answer.pieces()))
+                        frames(b"".join(pieces(answer)))
                     else:
-                        json.loads(answer.whole())
+                        json.loads(whole(answer))
                 except BackendError:
                     pass
                 finally:
-                    answer.close()
+                    close(answer)
             backend.close()
 
     def test_the_last_bytes_of_a_stream(self):
@@ -339,10 +343,10 @@ class AnswerTest(_Case):
             reply = MadeUpReply("application/x-ndjson", lines)
             waiting, asked = Waiting(Patience(FOREVER), NoClient()), call(stream=True)
             answer = OllamaAnswer(ChatStream(asked, MODEL), MODEL, reply, waiting, [])  # type: ignore[arg-type]
-            pieces = answer.pieces()
+            reading = pieces(answer)
             for _ in range(count):
-                next(pieces)
-            answer.close()
+                next(reading)
+            close(answer)
             self.assertEqual(done, reply.done)
 
     def test_slots(self):
@@ -350,7 +354,7 @@ class AnswerTest(_Case):
         with ScriptedServer([ndjson_reply([line("a"), last_line(load_duration=2_000_000_000)])]) as server:
             answer = self.open(server, call())
             self.assertIsInstance(answer, OllamaAnswer)
-            answer.whole()
+            whole(answer)
         tally = answer.tally
         self.assertEqual(
             (5, 2, 2.0, "stop"), (tally.prompt_tokens, tally.completion_tokens, tally.load_s, tally.finish_reason)

@@ -12,12 +12,14 @@ from dataclasses import replace
 from typing import Any
 
 from portway import config
-from portway.backends.openai import OpenAIAnswer, OpenAIBackend, _Relay, request_body, splice
+from portway.backends.openai import BATCH, OpenAIBackend, StreamAnswer, _Relay, request_body, splice
 from portway.backends.transport import Patience
-from portway.call import Call, Endpoint, Limits, Tally
+from portway.call import Answer, Call, Endpoint, Limits, Tally
+from portway.call import finish as run
 from portway.errors import BackendError
 from portway.watch import NoClient
-from portway.wire.events import SSEReader
+from portway.wire.events import SSEReader, sse
+from tests.blocking import close, pieces, whole
 from tests.doubles import CLOSE, LAST_CHUNK, Bytewise, ScriptedServer, chunk, json_reply, sse_reply, stream_head
 from tests.targets import FOREVER, MadeUpReply, delta, finish, frames, text_of, usage
 
@@ -80,16 +82,16 @@ class SpliceTest(unittest.TestCase):
             b'{@,"metadata":{"models":"x","the model":"y"}}',
         ]
         members = [
-            b'"model":"fast"',
-            b'"model"\n:\t"fast"',
-            b'"model":"fa\\"st\\\\"',
-            b'"model":""',
-            b'"model" : "\xf0\x9f\x99\x82"',
+            (b'"model":', b'"fast"'),
+            (b'"model"\n:\t', b'"fast"'),
+            (b'"model":', b'"fa\\"st\\\\"'),
+            (b'"model":', b'""'),
+            (b'"model" : ', b'"\xf0\x9f\x99\x82"'),
         ]
-        for shape, member in itertools.product(shapes, members):
-            raw = shape.replace(b"@", member)
+        for shape, (key, value) in itertools.product(shapes, members):
+            raw = shape.replace(b"@", key + value)
             with self.subTest(raw=raw):
-                self.assertEqual(shape.replace(b"@", b'"model":"new"'), splice(raw, json.loads(raw), "new", {}))
+                self.assertEqual(shape.replace(b"@", key + b'"new"'), splice(raw, json.loads(raw), "new", {}))
 
     def test_rewritten(self):
         """Where the bytes could mean something else the whole body is written anew, and means the same."""
@@ -239,6 +241,11 @@ def relay(**fields: Any) -> _Relay:
     return _Relay(call(stream=True, **fields), MODEL, Tally())
 
 
+def quick(each: _Relay, data: bytes) -> bytes | None:
+    """One chunk, unread."""
+    return each.block(sse(data))
+
+
 def relayed(each: _Relay, stream: bytes, sizes: Iterator[int] | None = None) -> list[Any]:
     """The frames that a stream leads to, fed in pieces."""
     reader, body = SSEReader(), b""
@@ -259,10 +266,10 @@ class RelayTest(unittest.TestCase):
             for data in SSEReader().feed(RECORDED):
                 if data == b"[DONE]":
                     continue
-                slow = learned.frame(data) if (quick := learned.quick(data)) is None else self.long_way(data, asked)
-                quick_ones += quick is not None
-                if quick is not None:
-                    self.assertEqual(json.loads(slow[6:]), json.loads(quick[6:]))
+                slow = learned.frame(data) if (fast := quick(learned, data)) is None else self.long_way(data, asked)
+                quick_ones += fast is not None
+                if fast is not None:
+                    self.assertEqual(json.loads(slow[6:]), json.loads(fast[6:]))
             self.assertEqual(5, quick_ones)  # three texts and two parts of a call
 
     def long_way(self, data: bytes, asked: dict[str, Any]) -> bytes:
@@ -293,14 +300,29 @@ class RelayTest(unittest.TestCase):
         expected = Tally("length", 26, 4, len(text), len(" hm"), 1, None, 0.523)
         self.assertEqual(expected, each._tally)
 
+    def test_a_long_stream_is_counted_on_its_way(self):
+        """All of it, and never is more of it kept than what takes a millisecond to count."""
+        each = relay()
+        data = json.dumps(delta(content="x" * 10_000)).encode()
+        each.frame(data)
+        most = 0
+        for _ in range(1000):
+            self.assertIsNotNone(quick(each, data))
+            most = max(most, sum(map(len, each._kept)))
+        each.count()
+        self.assertEqual(1001 * 10_000, each._tally.content_chars)
+        self.assertLess(most, BATCH)
+
     def test_relayed_junk_is_not_counted(self):
         """What the quick way let through unread may be anything: it counts for nothing, and does no harm."""
         each = relay()
         good = json.dumps(delta(content="a")).encode()
         each.frame(good)
-        for junk in (good.replace(b'"delta": {', b'"delta" {'), good.replace(b'{"content": "a"}', b"5")):
-            self.assertIsNotNone(each.quick(junk))
-        self.assertIsNotNone(each.quick(good))
+        for junk in (good.replace(b'"a"', b"a"), good.replace(b'"delta": {"content": "a"}', b'"delta": 5')):
+            self.assertIsNotNone(quick(each, junk))
+        for cut in (good[:-1], good.replace(b'"a"', b'"\xc3"')):
+            self.assertIsNone(quick(each, cut))
+        self.assertIsNotNone(quick(each, good))
         each.count()
         self.assertEqual(2, each._tally.content_chars)
 
@@ -323,8 +345,8 @@ class RelayTest(unittest.TestCase):
                 with self.subTest(name):
                     each = relay()
                     each.frame(dump(delta(content="a")).encode())
-                    self.assertIsNotNone(each.quick(dump(ordinary).encode()))
-                    self.assertIsNone(each.quick(dump(value).encode()))
+                    self.assertIsNotNone(quick(each, dump(ordinary).encode()))
+                    self.assertIsNone(quick(each, dump(value).encode()))
             each = relay()
             each.frame(dump(delta(content="a")).encode())
             for data in (
@@ -333,7 +355,31 @@ class RelayTest(unittest.TestCase):
                 f"[{dump(ordinary)}]",
                 dump(ordinary)[:-1],
             ):
-                self.assertIsNone(each.quick(data.encode()))
+                self.assertIsNone(quick(each, data.encode()))
+
+    def test_several_chunks_at_once(self):
+        """Ordinary chunks that came together are relayed unread together, and counted; one among them that is not,
+        a comment or an event in another form has all of them taken apart."""
+        ordinary = [sse(json.dumps(delta(content=text)).encode()) for text in ("b", "cc", "\u20ac")]
+        each = relay()
+        each.frame(json.dumps(delta(content="a")).encode())
+        got = each.block(b"".join(ordinary))
+        self.assertEqual("bcc\u20ac", text_of(frames(got or b"")))
+        self.assertEqual({"fast"}, {json.loads(data)["model"] for data in SSEReader().feed(got or b"")})
+        each.count()
+        self.assertEqual(5, each._tally.content_chars)
+        for other in (
+            sse(json.dumps(finish()).encode()),
+            sse(json.dumps({**delta(content="x"), "model": "other"}).encode()),
+            b": comment\n\n",
+            b"event: x\n" + ordinary[0],
+            ordinary[0].replace(b"\n", b"\r\n"),
+            ordinary[0][:-1],
+            b"data: [DONE]\n\n",
+        ):
+            for place in range(4):
+                block = b"".join([*ordinary[:place], other, *ordinary[place:]])
+                self.assertIsNone(each.block(block), block)
 
     def test_half_a_character(self):
         """Text beyond ASCII goes the quick way as long as it is UTF-8; half of a character is a broken answer."""
@@ -341,8 +387,8 @@ class RelayTest(unittest.TestCase):
         each.frame(json.dumps(delta(content="a")).encode())
         whole = json.dumps(delta(content="d\u00e9j\u00e0"), ensure_ascii=False).encode()
         half = whole.replace("\u00e0".encode(), "\u00e0".encode()[:1])
-        self.assertIsNotNone(each.quick(whole))
-        self.assertIsNone(each.quick(half))
+        self.assertIsNotNone(quick(each, whole))
+        self.assertIsNone(quick(each, half))
         with self.assertRaises(BackendError) as caught:
             each.frame(half)
         self.assertEqual("bad_answer", caught.exception.reason)
@@ -359,9 +405,9 @@ class RelayTest(unittest.TestCase):
         each = relay()
         with_null = {**delta(content="a"), "usage": None}
         each.frame(json.dumps(with_null).encode())
-        self.assertIsNotNone(each.quick(json.dumps(with_null).encode()))
-        self.assertIsNone(each.quick(json.dumps({**with_null, "usage": {"prompt_tokens": 1}}).encode()))
-        self.assertIsNone(each.quick(json.dumps(delta(content="a")).encode()))
+        self.assertIsNotNone(quick(each, json.dumps(with_null).encode()))
+        self.assertIsNone(quick(each, json.dumps({**with_null, "usage": {"prompt_tokens": 1}}).encode()))
+        self.assertIsNone(quick(each, json.dumps(delta(content="a")).encode()))
 
     def test_false_usage(self):
         """Counts that are all zero are no counts: they are not shown, also to one who asks."""
@@ -454,7 +500,7 @@ class RelayTest(unittest.TestCase):
             "choices": [{"index": 0, "text": "<think>x", "finish_reason": None}],
         }
         self.assertIn(b'"text":"<think>x"', each.frame(json.dumps(value).encode()))
-        self.assertIsNotNone(each.quick(json.dumps(value).encode()))
+        self.assertIsNotNone(quick(each, json.dumps(value).encode()))
         empty = _Relay(call("completions", prompt="p", stream=True), MODEL, Tally())
         self.assertEqual(b"data: [DONE]\n\n", empty.end())
 
@@ -466,7 +512,7 @@ class RelayTest(unittest.TestCase):
             for _ in range(3):
                 data = json.dumps(weird_chunk(dice)).encode()
                 try:
-                    got = each.quick(data) or each.frame(data)
+                    got = quick(each, data) or each.frame(data)
                     self.assertTrue(got == b"" or (got.startswith(b"data: {") and got.endswith(b"}\n\n")))
                     if dice.random() < 0.3:
                         each.end()
@@ -506,28 +552,29 @@ def weird_chunk(dice: random.Random) -> Any:
 class AnswerTest(unittest.TestCase):
     """Whole answers from a scripted server."""
 
-    def answer(self, server: ScriptedServer, asked: Call) -> OpenAIAnswer:
+    def answer(self, server: ScriptedServer, asked: Call) -> Answer:
         target = replace(BACKEND, url=server.url, port=server.port)
         backend = OpenAIBackend(target)
         self.addCleanup(backend.close)
         soon = time.monotonic() + 5
-        return backend.open(asked, replace(MODEL, backend=target), Limits(5, 5, 5, 5, soon, soon), NoClient())
+        limits = Limits(5, 5, 5, 5, soon, soon)
+        return run(backend.open(asked, replace(MODEL, backend=target), limits, NoClient()))
 
-    def whole(self, reply: bytes, **fields: Any) -> tuple[Any, OpenAIAnswer]:
+    def whole(self, reply: bytes, **fields: Any) -> tuple[Any, Answer]:
         with ScriptedServer([reply]) as server:
             answer = self.answer(server, call(**fields))
             try:
-                return json.loads(answer.whole()), answer
+                return json.loads(whole(answer)), answer
             finally:
-                answer.close()
+                close(answer)
 
     def streamed(self, reply: Any, **fields: Any) -> list[bytes]:
         with ScriptedServer([reply]) as server:
             answer = self.answer(server, call(stream=True, **fields))
             try:
-                return list(answer.pieces())
+                return list(pieces(answer))
             finally:
-                answer.close()
+                close(answer)
 
     def test_plain(self):
         """Every byte but the model's name is the server's."""
@@ -535,8 +582,8 @@ class AnswerTest(unittest.TestCase):
         body = b'{ "id" : "x", "model":"up" , "choices":%s}' % choices
         with ScriptedServer([b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n%s" % (len(body), body)]) as server:
             answer = self.answer(server, call())
-            got = answer.whole()
-            answer.close()
+            got = whole(answer)
+            close(answer)
         self.assertEqual(body.replace(b'"model":"up"', b'"model":"fast"'), got)
 
     def test_plain_shapes(self):
@@ -575,12 +622,13 @@ class AnswerTest(unittest.TestCase):
                     else call("completions" if number % 4 == 1 else "chat")
                 )
                 soon = time.monotonic() + 5
-                answer = backend.open(asked, replace(MODEL, backend=target), Limits(5, 5, 5, 5, soon, soon), NoClient())
+                limits = Limits(5, 5, 5, 5, soon, soon)
+                answer = run(backend.open(asked, replace(MODEL, backend=target), limits, NoClient()))
                 try:
-                    self.assertEqual("fast", json.loads(answer.whole())["model"])
+                    self.assertEqual("fast", json.loads(whole(answer))["model"])
                 except BackendError:
                     pass
-                answer.close()
+                close(answer)
             backend.close()
 
     def test_first_piece_ends_with_the_first_content(self):
@@ -600,8 +648,8 @@ class AnswerTest(unittest.TestCase):
             [sse_reply([*(delta(content=text) for text in ("a", "bc", "def")), finish(), usage(9, 3)])]
         ) as server:
             answer = self.answer(server, call(stream=True))
-            list(answer.pieces())
-            answer.close()
+            list(pieces(answer))
+            close(answer)
         self.assertEqual(Tally("stop", 9, 3, 6), answer.tally)
 
     def test_bytewise(self):
@@ -620,25 +668,25 @@ class AnswerTest(unittest.TestCase):
         """A stream cut off at any byte before its end is an error, never a whole answer; after it, it is whole."""
         chunks = [delta(role="assistant", content=None), delta(content="a"), delta(content="b"), finish()]
         body = b"".join(b"data: %s\n\n" % json.dumps(value, separators=(",", ":")).encode() for value in chunks)
-        whole = len(body) - 2  # only line ends are missing
+        complete = len(body) - 2  # only line ends are missing
         content = body.index(b"data: ", body.index(b'"a"'))
         head = b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\nConnection: close\r\n\r\n"
-        for cut in [*range(0, whole, 7), *range(whole, len(body) + 1)]:
+        for cut in [*range(0, complete, 7), *range(complete, len(body) + 1)]:
             with self.subTest(cut=cut):
-                pieces: list[bytes] = []
+                got: list[bytes] = []
                 with ScriptedServer([[head + body[:cut], CLOSE]]) as server:
                     answer = self.answer(server, call(stream=True))
                     try:
-                        pieces.extend(answer.pieces())
-                        self.assertGreaterEqual(cut, whole)
-                        self.assertTrue(pieces[-1].endswith(b"data: [DONE]\n\n"))
+                        got.extend(pieces(answer))
+                        self.assertGreaterEqual(cut, complete)
+                        self.assertTrue(got[-1].endswith(b"data: [DONE]\n\n"))
                     except BackendError as error:
-                        self.assertLess(cut, whole)
+                        self.assertLess(cut, complete)
                         before = {"connection_lost", "empty_answer", "bad_answer"}
                         self.assertIn(error.reason, {"stream_broken"} if cut >= content else before)
-                        self.assertEqual(cut >= content, bool(pieces))
+                        self.assertEqual(cut >= content, bool(got))
                     finally:
-                        answer.close()
+                        close(answer)
 
     def test_tool_calls_untouched(self):
         """The parts of tool calls come out as they went in, several at once."""
@@ -676,13 +724,13 @@ class AnswerTest(unittest.TestCase):
         }
         with ScriptedServer([json_reply(body), json_reply({"data": "x"})]) as server:
             answer = self.answer(server, call("embeddings", input="x"))
-            self.assertEqual({**body, "model": "fast"}, json.loads(answer.whole()))
+            self.assertEqual({**body, "model": "fast"}, json.loads(whole(answer)))
             self.assertEqual(3, answer.tally.prompt_tokens)
-            answer.close()
+            close(answer)
             answer = self.answer(server, call("embeddings", input="x"))
             with self.assertRaises(BackendError):
-                answer.whole()
-            answer.close()
+                whole(answer)
+            close(answer)
 
     def test_open_ended(self):
         """A stream of an HTTP/1.0-like server that ends by closing, without a content type."""
@@ -695,12 +743,12 @@ class AnswerTest(unittest.TestCase):
         body = b"".join(b"data: %s\n\n" % json.dumps(value).encode() for value in (delta(content="a"), finish()))
         for end, done in ((b"data: [DONE]\n\n", ["settle", "close"]), (b"", ["close"])):
             reply = MadeUpReply("text/event-stream", [body, end])
-            answer = OpenAIAnswer(call(stream=True), MODEL, reply, Patience(FOREVER), [])  # type: ignore[arg-type]
-            pieces = answer.pieces()
-            next(pieces)
+            answer = StreamAnswer(call(stream=True), MODEL, reply, Patience(FOREVER), [])  # type: ignore[arg-type]
+            reading = pieces(answer)
+            next(reading)
             if end:
-                next(pieces)
-            answer.close()
+                next(reading)
+            close(answer)
             self.assertEqual(done, reply.done)
 
     def test_nothing_after_the_end_is_read(self):

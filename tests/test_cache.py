@@ -1,7 +1,8 @@
+"""Stored answers: cache/store.py with its file, whatever state that is in."""
+
 from __future__ import annotations
 
 import io
-import json
 import os
 import signal
 import sqlite3
@@ -11,318 +12,26 @@ import tempfile
 import threading
 import time
 import unittest
-from contextlib import closing, redirect_stderr, redirect_stdout
-from dataclasses import replace
+from contextlib import closing, redirect_stdout
 from hashlib import sha256
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any
 from unittest import mock
 
 from portway.cache import file as cache_file
 from portway.cache import replay
 from portway.cache import store as cache
-from portway.cache.file import CacheFile, Counts, Row, Unusable
-from portway.cache.rules import Control, is_storable, parse_control, request_key, why_bypassed
+from portway.cache.file import CacheFile, Counts, Row
 from portway.cache.store import Cache, Entry
-from portway.call import Attempt, Call, Served, Tally
 from portway.commands import cache as cache_cli
-from portway.config import Backend, Model
-from portway.wire.events import SSEReader, WireError
+from tests.llama_server import wait_for
 
 PATIENCE = 20.0  # seconds; no wait may take longer
 ROOT = str(Path(__file__).resolve().parent.parent)
-BACKEND = Backend("box", "openai", "http://127.0.0.1:8080", "http", "127.0.0.1", 8080)
-MODEL = Model("fast-9b", BACKEND, "qwen3.5:9b")
-MESSAGES = [{"role": "user", "content": "Why is the sky blue?"}]
-
-
-def a_call(endpoint: Any = "chat", model: Model = MODEL, **body: Any) -> Call:
-    body = {"model": model.name, "messages": MESSAGES, **body}
-    options = body.get("stream_options") or {}
-    return Call(
-        endpoint=endpoint,
-        body=body,
-        raw=json.dumps(body).encode(),
-        model=model,
-        stream=bool(body.get("stream")),
-        include_usage=bool(options.get("include_usage")),
-        id="chatcmpl-new",
-        created=1_700_000_000,
-    )
 
 
 def key_of(number: int) -> bytes:
     return sha256(str(number).encode()).digest()
-
-
-def chat_answer(text: str | None = "Rayleigh scattering.", finish: str = "stop", **message: Any) -> dict[str, Any]:
-    return {
-        "id": "chatcmpl-old",
-        "object": "chat.completion",
-        "created": 1,
-        "model": "fast-9b",
-        "choices": [
-            {"index": 0, "message": {"role": "assistant", "content": text, **message}, "finish_reason": finish}
-        ],
-        "usage": {"prompt_tokens": 5, "completion_tokens": 3, "total_tokens": 8},
-    }
-
-
-def raw(answer: dict[str, Any]) -> bytes:
-    return json.dumps(answer).encode()
-
-
-def events(stream: bytes) -> list[Any]:
-    """The data of each event, parsed; [DONE] as it is."""
-    found = SSEReader().feed(stream)
-    return [data.decode() if data == b"[DONE]" else json.loads(data) for data in found]
-
-
-def a_stream(*chunks: dict[str, Any], done: bool = True) -> list[bytes]:
-    pieces = [
-        b"data: " + json.dumps({"id": "x", "model": "m", "created": 1, **chunk}).encode() + b"\n\n" for chunk in chunks
-    ]
-    return [*pieces, b"data: [DONE]\n\n"] if done else pieces
-
-
-def delta(finish: str | None = None, **members: Any) -> dict[str, Any]:
-    return {"choices": [{"index": 0, "delta": members, "finish_reason": finish}]}
-
-
-class Keys(unittest.TestCase):
-    def test_a_stream_and_a_plain_request_share_a_key(self):
-        """What shapes no answer is not in the key: stream, stream_options, user, metadata, and the alias used."""
-        plain = request_key(a_call(), MODEL)
-        other = a_call(stream=True, stream_options={"include_usage": True}, user="me", metadata={"a": "b"}, model=MODEL)
-        other.body["model"] = "gpt-4o-mini"
-        self.assertEqual(plain, request_key(other, MODEL))
-
-    def test_the_order_of_members_does_not_matter(self):
-        """Two programs that write the same request in another order share an answer."""
-        first, second = a_call(seed=1, top_p=0.5), a_call(top_p=0.5, seed=1)
-        self.assertEqual(request_key(first, MODEL), request_key(second, MODEL))
-
-    def test_whatever_else_the_client_says_counts(self):
-        """Every other member changes the key, also one that nobody knows yet, and 1 is not true."""
-        bodies: list[dict[str, Any]] = [{}, {"temperature": 0}, {"temperature": 1}, {"temperature": True}]
-        bodies += [{"seed": 1}, {"not_invented_yet": "x"}, {"response_format": {"type": "json_object"}}]
-        bodies += [{"messages": [{"role": "user", "content": "\ud800"}]}]
-        keys = {request_key(a_call(**body), MODEL) for body in bodies}
-        self.assertEqual(len(bodies), len(keys))
-
-    def test_what_the_configuration_adds_counts(self):
-        """The same request to another backend, model or setting is another request."""
-        backends = [replace(BACKEND, name="b"), replace(BACKEND, kind="ollama"), replace(BACKEND, url="http://x")]
-        targets = [MODEL, *(replace(MODEL, backend=backend) for backend in backends)]
-        changes: list[dict[str, Any]] = [{"name": "other"}, {"model": "qwen3.5:27b"}, {"num_ctx": 8192}]
-        changes += [{"think": False}, {"max_tokens": 5}, {"merge_system": True}]
-        changes += [{"params": MappingProxyType({"top_k": 1})}, {"params": MappingProxyType({"top_k": 2})}]
-        targets += [replace(MODEL, **change) for change in changes]
-        self.assertEqual(len(targets), len({request_key(a_call(), target) for target in targets}))
-
-    def test_how_long_a_model_stays_loaded_does_not_count(self):
-        """keep_alive shapes no answer."""
-        self.assertEqual(request_key(a_call(), MODEL), request_key(a_call(), replace(MODEL, keep_alive=60.0)))
-
-    def test_the_endpoint_counts(self):
-        """A completion is no chat, whatever the bodies hold."""
-        self.assertNotEqual(request_key(a_call("chat"), MODEL), request_key(a_call("completions"), MODEL))
-
-
-class Rules(unittest.TestCase):
-    def test_what_bypasses_the_cache(self):
-        """Tools and more than one answer are never looked up; empty lists of tools are none."""
-        self.assertEqual("", why_bypassed(a_call(tools=[], n=1), 60))
-        self.assertEqual("", why_bypassed(a_call("embeddings", input="x"), 60))
-        self.assertEqual("off", why_bypassed(a_call(), 0))
-        self.assertEqual("tools", why_bypassed(a_call(tools=[{"type": "function"}]), 60))
-        self.assertEqual("functions", why_bypassed(a_call(functions=[{"name": "f"}]), 60))
-        self.assertEqual("web_search_options", why_bypassed(a_call(web_search_options={"a": 1}), 60))
-        self.assertEqual("n", why_bypassed(a_call(n=2), 60))
-
-    def test_cache_control(self):
-        """The standard's directives, in any case and order, with what is unknown ignored."""
-        cases = {
-            "": Control(),
-            "no-cache": Control(no_cache=True),
-            "No-Store, max-stale=3": Control(no_store=True),
-            "only-if-cached,max-age=60": Control(only_if_cached=True, max_age=60.0),
-            'max-age="60", max-age=30': Control(max_age=30.0),
-            "max-age=0": Control(no_cache=True, max_age=0.0),
-            "max-age=soon": Control(no_cache=True, max_age=0.0),
-            "max-age=99999999999999999999": Control(max_age=999999999999.0),
-        }
-        for header, control in cases.items():
-            with self.subTest(header):
-                self.assertEqual(control, parse_control({"cache-control": header}))
-        self.assertEqual(Control(), parse_control({}))
-
-    def test_what_is_storable(self):
-        """Only an answer that came to its own end, from the model that was asked for and the whole prompt."""
-        for expected, name, tally in (
-            (True, "fast-9b", Tally(finish_reason="stop")),
-            (True, "fast-9b", Tally()),
-            (False, "fast-3b", Tally(finish_reason="stop")),
-            (False, "fast-9b", Tally(finish_reason="length")),
-            (False, "fast-9b", Tally(finish_reason="stop", tool_calls=1)),
-            (False, "fast-9b", Tally(finish_reason="stop", truncated=True)),
-        ):
-            with self.subTest(name=name, tally=tally):
-                answer = mock.Mock(tally=tally)
-                served = Served(replace(MODEL, name=name), answer, [Attempt(name, "ok")])
-                self.assertEqual(expected, is_storable(a_call(), served))
-
-
-class Documents(unittest.TestCase):
-    def test_only_clean_answers_are_kept(self):
-        """Cut, empty, tool-calling, failed and several answers give no document."""
-        several = chat_answer()
-        several["choices"] *= 2
-        calling = chat_answer(tool_calls=[{"id": "c"}])
-        unclean = [
-            chat_answer(finish="length"),
-            chat_answer(finish="content_filter"),
-            chat_answer(" \n"),
-            chat_answer(None),
-            calling,
-            several,
-        ]
-        unclean += [{"error": {"message": "x"}}, {"choices": []}, {"object": "list", "data": []}, {"choices": 5}]
-        unclean += [{**chat_answer(), "error": "late"}, chat_answer(function_call={"name": "f"})]
-        for answer in unclean:
-            with self.subTest(answer=answer):
-                self.assertIsNone(replay.clean_plain(raw(answer)))
-        self.assertIsNotNone(replay.clean_plain(raw(chat_answer())))
-
-    def test_what_is_no_answer_is_refused(self):
-        """Bytes that are not JSON, or no object, raise WireError."""
-        for body in (b"", b"[1]", b"{"):
-            with self.subTest(body), self.assertRaises(WireError):
-                replay.plain_document(body)
-
-    def test_a_plain_answer_comes_back_with_its_own_id(self):
-        """All but id, created and model is as it was."""
-        document = replay.clean_plain(raw(chat_answer(reasoning_content="Hm.")))
-        assert document is not None
-        told = json.loads(replay.replay(document, a_call(), "fast-9b"))
-        expected = {**chat_answer(reasoning_content="Hm."), "id": "chatcmpl-new", "created": 1_700_000_000}
-        self.assertEqual(expected, told)
-
-    def test_embeddings_come_back_as_they_were(self):
-        """A list of vectors has no id."""
-        answer = {"object": "list", "data": [{"embedding": [0.5, 1e-9]}], "model": "e", "usage": {"total_tokens": 1}}
-        document = replay.clean_plain(raw(answer))
-        assert document is not None
-        told = json.loads(replay.replay(document, a_call("embeddings", input="x"), "e"))
-        self.assertEqual(answer, told)
-
-    def test_a_stream_is_put_together(self):
-        """Deltas, log probabilities, usage and unknown members become the plain answer; comments are skipped."""
-        one, two = {"content": [{"token": "Ra"}], "refusal": None}, {"content": [{"token": "y"}], "refusal": None}
-        first, second = delta(content="Ra"), delta(content="y")
-        first["choices"][0]["logprobs"], second["choices"][0]["logprobs"] = one, two
-        ending = delta("stop")
-        ending["choices"][0]["stop_reason"] = "eos"
-        usage = {"prompt_tokens": 1, "completion_tokens": 2, "total_tokens": 3}
-        pieces = a_stream(
-            delta(role="assistant", content=""),
-            {**delta(reasoning_content="H", reasoning="H"), "system_fingerprint": "fp"},
-            delta(reasoning_content="m", reasoning="m"),
-            first,
-            {**second, "usage": None},
-            ending,
-            {"choices": [], "usage": usage, "timings": {"predicted_ms": 1}},
-        )
-        document = replay.stream_document([b": portway\n", *pieces], Tally())
-        logprobs = {"content": [{"token": "Ra"}, {"token": "y"}], "refusal": None}
-        message = {"role": "assistant", "content": "Ray", "reasoning_content": "Hm", "reasoning": "Hm"}
-        choice = {"index": 0, "message": message, "finish_reason": "stop", "logprobs": logprobs, "stop_reason": "eos"}
-        expected = {"choices": [choice], "system_fingerprint": "fp", "usage": usage, "timings": {"predicted_ms": 1}}
-        self.assertEqual(expected, json.loads(document))
-        self.assertEqual(document, replay.clean_stream([b"".join(pieces)], Tally()))
-
-    def test_a_stream_without_usage_gets_it_from_the_tally(self):
-        """The counts are there for a later client that asks for them; unknown ones are left out."""
-        pieces = a_stream(delta(content="x"), delta("stop"))
-        known = json.loads(replay.stream_document(pieces, Tally(prompt_tokens=2, completion_tokens=1)))
-        self.assertEqual({"prompt_tokens": 2, "completion_tokens": 1, "total_tokens": 3}, known["usage"])
-        self.assertNotIn("usage", json.loads(replay.stream_document(pieces, Tally(prompt_tokens=2))))
-
-    def test_a_broken_stream_gives_no_document(self):
-        """Without [DONE], with an error in it or of another shape it raises WireError; cut by length it is not kept."""
-        broken: list[list[bytes]] = [
-            a_stream(delta(content="x"), delta("stop"), done=False),
-            a_stream(delta(content="x"), {"error": {"message": "boom"}}),
-            a_stream({"choices": [5]}),
-            a_stream({"choices": [{"index": [], "delta": {}}]}),
-            a_stream({"choices": 7}),
-            [b"data: [1]\n\n", b"data: [DONE]\n\n"],
-        ]
-        for pieces in broken:
-            with self.subTest(pieces=pieces), self.assertRaises(WireError):
-                replay.clean_stream(pieces, Tally())
-        self.assertIsNone(replay.clean_stream(a_stream(delta(content="x"), delta("length")), Tally()))
-        self.assertIsNone(replay.clean_stream(a_stream(delta("stop")), Tally()))
-
-    def test_a_chat_is_streamed_again(self):
-        """Role, reasoning, content with its log probabilities, finish, usage, [DONE]: each with the new id."""
-        answer = {
-            **chat_answer(reasoning_content="Hm.", reasoning="Hm."),
-            "system_fingerprint": "fp",
-            "timings": {"a": 1},
-        }
-        answer["choices"][0]["logprobs"] = {"content": [{"token": "R"}]}
-        document = replay.plain_document(raw(answer))
-        *chunks, done = events(replay.replay(document, a_call(stream=True), "fast-9b"))
-        self.assertEqual("[DONE]", done)
-        role, reasoning, content, ending = chunks
-        for chunk in chunks:
-            own = ("chatcmpl-new", "chat.completion.chunk", 1_700_000_000, "fast-9b", "fp")
-            self.assertEqual(
-                own, tuple(chunk[key] for key in ("id", "object", "created", "model", "system_fingerprint"))
-            )
-            self.assertNotIn("usage", chunk)
-        self.assertEqual({"role": "assistant", "content": ""}, role["choices"][0]["delta"])
-        self.assertEqual({"reasoning_content": "Hm.", "reasoning": "Hm."}, reasoning["choices"][0]["delta"])
-        self.assertEqual({"content": "Rayleigh scattering."}, content["choices"][0]["delta"])
-        self.assertEqual({"content": [{"token": "R"}]}, content["choices"][0]["logprobs"])
-        self.assertEqual([{"index": 0, "delta": {}, "finish_reason": "stop"}], ending["choices"])
-        self.assertEqual({"a": 1}, ending["timings"])
-        self.assertNotIn("timings", content)
-
-    def test_usage_is_streamed_to_who_asks(self):
-        """With include_usage each chunk says null, and a last one without choices says what was used."""
-        document = replay.plain_document(raw(chat_answer()))
-        call = a_call(stream=True, stream_options={"include_usage": True})
-        *chunks, last, _ = events(replay.replay(document, call, "fast-9b"))
-        self.assertEqual([None] * 3, [chunk["usage"] for chunk in chunks])
-        self.assertEqual([[], chat_answer()["usage"]], [last["choices"], last["usage"]])
-
-    def test_a_completion_is_streamed_again(self):
-        """Text and finish, as a legacy completion has them."""
-        logprobs = {"tokens": ["a"], "token_logprobs": [-1.0]}
-        answer = {"choices": [{"index": 0, "text": "a", "logprobs": logprobs, "finish_reason": "stop"}]}
-        document = replay.plain_document(raw(answer))
-        first, last, _ = events(replay.replay(document, a_call("completions", stream=True), "fast-9b"))
-        self.assertEqual("text_completion", first["object"])
-        self.assertEqual([{"index": 0, "text": "a", "logprobs": logprobs, "finish_reason": None}], first["choices"])
-        self.assertEqual([{"index": 0, "finish_reason": "stop", "text": "", "logprobs": None}], last["choices"])
-
-    def test_both_ways_lead_back(self):
-        """A document that is streamed and put together again is the same document, for chats and completions."""
-        completion = {
-            "choices": [{"index": 0, "text": "a", "logprobs": None, "finish_reason": "stop"}],
-            "usage": {"x": 1},
-        }
-        logged = chat_answer(reasoning_content="Hm.", reasoning="Hm.")
-        logged["choices"][0]["logprobs"] = {"content": [{"token": "R"}], "refusal": None}
-        for endpoint, answer in (("chat", chat_answer()), ("chat", logged), ("completions", completion)):
-            with self.subTest(endpoint):
-                document = replay.plain_document(raw(answer))
-                call = a_call(endpoint, stream=True, stream_options={"include_usage": True})
-                again = replay.stream_document([replay.replay(document, call, "fast-9b")], Tally())
-                self.assertEqual(json.loads(document), json.loads(again))
 
 
 class InFolder(unittest.TestCase):
@@ -509,6 +218,100 @@ class Storing(InFolder):
         self.assertEqual((800, 0), (stats.entries, made.dropped))
 
 
+class Gathering(InFolder):
+    """When the writer writes. Left to itself it would wait for hours here."""
+
+    def setUp(self):
+        super().setUp()
+        self.enterContext(mock.patch.object(cache, "GATHER", 10_000.0))
+        self.enterContext(mock.patch.object(cache, "NOTES_DELAY", 10_000.0))
+
+    def in_file(self) -> int:
+        with closing(sqlite3.connect(self.path)) as db:
+            (count,) = db.execute("SELECT count(*) FROM answers").fetchone()
+        return int(count)
+
+    def settle(self, made: Cache) -> None:
+        """Wait until the writer has seen all there is and waits."""
+        waits, wait = threading.Semaphore(0), made._changed.wait
+
+        def told(timeout: float | None = None) -> bool:
+            if threading.current_thread() is made._writer:
+                waits.release()
+            return wait(timeout)
+
+        with mock.patch.object(made._changed, "wait", told):
+            with made._changed:
+                made._changed.notify_all()
+            self.assertTrue(waits.acquire(timeout=PATIENCE))
+
+    def wait_for_file(self, entries: int) -> None:
+        until = time.monotonic() + PATIENCE
+        while self.in_file() != entries and time.monotonic() < until:
+            time.sleep(0.005)
+        self.assertEqual(entries, self.in_file())
+
+    def test_answers_gather_and_are_found_meanwhile(self):
+        """Nothing is written yet, everything is there; flush() does not wait."""
+        made = self.a_cache()
+        for number in range(20):
+            self.put(made, number)
+        self.settle(made)
+        self.assertEqual((list(range(20)), 0), (self.found(made, *range(20)), self.in_file()))
+        self.assertTrue(made.flush(PATIENCE))
+        self.assertEqual((list(range(20)), 20), (self.found(made, *range(20)), self.in_file()))
+
+    def test_many_are_enough(self):
+        """A full batch is written at once, again and again."""
+        with mock.patch.object(cache, "BATCH", 5):
+            made = self.a_cache()
+            for total in (5, 10):
+                for number in range(total - 5, total - 1):
+                    self.put(made, number)
+                self.settle(made)
+                self.put(made, total - 1)
+                self.wait_for_file(total)
+            self.put(made, 10)
+            self.assertEqual([10], self.found(made, 10))
+
+    def test_close_does_not_wait(self):
+        """What has gathered is written."""
+        made = self.a_cache()
+        self.fill(made, range(1))
+        self.put(made, 1)
+        made.close(PATIENCE)
+        self.assertEqual(2, self.in_file())
+
+    def test_gathering_ends(self):
+        """After GATHER it is written by itself, and the next one, too."""
+        with mock.patch.object(cache, "GATHER", 0.01):
+            made = self.a_cache()
+            for number in range(3):
+                self.put(made, number)
+                self.wait_for_file(number + 1)
+
+    def test_the_writer_takes_no_more_than_its_share(self):
+        """After a write it rests for as long as its share demands, whatever comes; then what comes is dropped, and
+        counted. flush() and close() wait for no rest."""
+        self.enterContext(mock.patch.object(cache, "SHARE", 1e-9))
+        self.enterContext(mock.patch.object(cache, "BATCH", 5))
+        self.enterContext(mock.patch.object(cache, "MAX_WAITING", 20))
+        made = self.a_cache()  # with its first look at the file it has worked
+        for number in range(30):
+            self.put(made, number)
+        self.settle(made)
+        self.assertEqual((list(range(20)), 10), (self.found(made, *range(30)), made.dropped))
+        self.assertEqual(0, self.in_file())
+        self.assertTrue(made.flush(PATIENCE))
+        self.assertEqual(20, self.in_file())
+        for number in range(40, 45):
+            self.put(made, number)
+        self.settle(made)
+        self.assertEqual(20, self.in_file())
+        made.close(PATIENCE)
+        self.assertEqual(25, self.in_file())
+
+
 class Bounds(InFolder):
     def test_the_least_recently_used_make_room(self):
         """What was looked up stays, what was not goes, and the file stays near its bound."""
@@ -542,6 +345,24 @@ class Bounds(InFolder):
                 made.flush(PATIENCE)
                 (left,) = db.execute("SELECT count(*) FROM answers").fetchone()
         self.assertEqual([0], self.found(made, 0, 1000))
+
+    def test_the_bounds_may_change(self):
+        """A smaller size counts from the next write on, a shorter lifetime at once."""
+        made = self.a_cache()
+        self.fill(made, range(300), os.urandom(2000).hex())
+        made.limit(200_000, 3600)
+        self.fill(made, range(300, 301))
+        stats = made.stats()
+        assert stats is not None
+        self.assertLess(stats.entries, 100)
+        self.assertEqual([300], self.found(made, 300))
+        with closing(CacheFile(self.path, 5)) as file:
+            file.write([Row(key_of(1000), "fast-9b", time.time() - 90, "", b"{}")])
+        made.limit(200_000, 60)
+        with closing(sqlite3.connect(self.path)) as db:
+            query = "SELECT count(*) FROM answers WHERE key = ?"
+            wait_for(lambda: not db.execute(query, (key_of(1000),)).fetchone()[0], "its being deleted")
+        self.assertEqual([300], self.found(made, 300))
 
     def test_the_queue_is_bounded(self):
         """What comes while the writer is far behind is dropped and counted; nobody waits."""
@@ -606,6 +427,44 @@ class Counting(InFolder):
         stats = made.stats()
         assert stats is not None
         self.assertEqual(Counts(hits=1, misses=1, stores=1), stats.counts)
+
+    def test_uses_outlive_a_failure_to_write_them(self):
+        """What was looked up meanwhile is not forgotten for that, as far as there is room to remember it."""
+        self.enterContext(mock.patch.object(cache, "WRITE_PATIENCE", 0.01))
+        self.enterContext(mock.patch.object(cache, "MAX_USED", 2))
+        made = self.a_cache()
+        self.fill(made, range(4))
+        with closing(sqlite3.connect(self.path, isolation_level=None)) as db:
+            db.execute("UPDATE answers SET used_at = 1")
+            db.execute("BEGIN IMMEDIATE")
+            self.assertEqual([3, 2, 1], self.found(made, 3, 2, 1))
+            made.flush(0)
+            self.wait_for_word("locked")
+        self.wait_for_word("works again")
+        self.assertTrue(made.flush(PATIENCE))
+        with closing(sqlite3.connect(self.path)) as db:
+            used = {key for (key,) in db.execute("SELECT key FROM answers WHERE used_at > 1")}
+        self.assertEqual({key_of(3), key_of(2)}, used)
+
+    def test_an_answer_that_is_replaced_while_it_is_written(self):
+        """The newer one is not lost with the older one's leaving the queue."""
+        made = self.a_cache()
+        write, replaced = CacheFile.write, threading.Event()
+
+        def slow(file: CacheFile, rows: Any, *rest: Any) -> None:
+            write(file, rows, *rest)
+            if rows and not replaced.is_set():
+                self.put(made, 1, "newer")
+                replaced.set()
+
+        with mock.patch.object(CacheFile, "write", slow):
+            self.put(made, 1, "older")
+            self.assertTrue(replaced.wait(PATIENCE))
+            self.assertTrue(made.flush(PATIENCE))
+        made.close()
+        entry = self.a_cache().get(key_of(1), "fast-9b")
+        assert entry is not None
+        self.assertEqual(b"newer", entry.document)
 
     def test_puts_tells_whether_a_miss_may_be_out_of_date(self):
         """It changes with each answer that is handed in, and with nothing else."""
@@ -693,6 +552,51 @@ class Trouble(InFolder):
         self.assertEqual(b"not a database " * 1000, Path(kept).read_bytes())
         self.assertEqual(("", [made.notice]), (made.problem, self.said))
         self.assertIn(kept, made.notice)
+
+    def test_what_belongs_to_a_corrupt_file_goes_with_it(self):
+        """A write-ahead log of the old file must not get into the new one."""
+        os.makedirs(os.path.dirname(self.path))
+        for suffix in ("", "-wal", "-shm"):
+            Path(self.path + suffix).write_bytes(b"old" + suffix.encode())
+        kept = cache_file.set_aside(self.path)
+        self.assertEqual([kept, f"{kept}-shm", f"{kept}-wal"], cache_file.aside(self.path))
+        self.assertEqual(b"old-wal", Path(f"{kept}-wal").read_bytes())
+        self.assertEqual(3, len(os.listdir(os.path.dirname(self.path))))
+
+    def test_a_trouble_is_said_once_however_long_it_lasts(self):
+        """Each new try that fails for the same reason is no news."""
+        for name in ("RETRY_AFTER", "RETRY_AT_MOST"):
+            self.enterContext(mock.patch.object(cache, name, 0.01))
+        made = Cache("/dev/null/cache.sqlite3", say=self.say)
+        self.addCleanup(made.close)
+        wait_for(lambda: made._failures > 5, "some tries")
+        self.assertEqual([made.problem], self.said)
+
+    def test_a_slow_disk_is_left_alone_for_a_while(self):
+        """The look-up that it kept waiting is answered all the same; then there is no cache but in memory."""
+        made = self.a_cache()
+        self.fill(made, range(2))
+        with mock.patch.object(cache, "SLOW", -1.0):
+            self.assertEqual([0], self.found(made, 0))
+            self.assertEqual([], self.found(made, 1))
+            self.put(made, 2)
+            self.assertEqual([2], self.found(made, 2))
+            self.wait_for_word("can't be used: a look-up took 0.0 s")
+        self.assertGreater(made._retry_at - time.monotonic(), cache.RETRY_AT_MOST / 2)
+        made._retry_at = 0.0
+        self.assertTrue(made.flush(PATIENCE))
+        self.assertEqual([0, 1, 2], self.found(made, 0, 1, 2))
+
+    def test_who_looks_up_does_not_wait_for_the_file(self):
+        """Whatever others do with it, a look-up fails within milliseconds, and is a miss."""
+        CacheFile(self.path, 5).close()
+        with closing(sqlite3.connect(self.path, isolation_level=None)) as db:
+            db.execute("PRAGMA locking_mode = EXCLUSIVE").fetchone()
+            db.execute("BEGIN EXCLUSIVE")
+            asked = self.enterContext(mock.patch.object(sqlite3, "connect", side_effect=sqlite3.connect))
+            with closing(cache_file.Readers(self.path)) as readers, self.assertRaises(sqlite3.OperationalError):
+                readers.find(key_of(1))
+            self.assertLessEqual(asked.call_args.kwargs["timeout"], 0.01)
 
     def test_a_file_that_becomes_corrupt_is_set_aside(self):
         """A look-up that meets torn pages is a miss; the next answers go to a new file."""
@@ -789,6 +693,20 @@ class Trouble(InFolder):
         )
         self.assertEqual((0, ""), (done.returncode, done.stderr))
 
+    def test_off_is_seen_by_a_cache_that_nobody_uses(self):
+        """What was stored must not come out of it hours later, only because nobody asked in between."""
+        self.enterContext(mock.patch.object(cache, "LOOK_EVERY", 0.02))
+        self.enterContext(mock.patch.object(cache, "RETRY_AFTER", 0.02))
+        made = self.a_cache()
+        self.fill(made, range(1))
+        with redirect_stdout(io.StringIO()):
+            cache_cli.main(["off"], self.path)
+            wait_for(lambda: made.is_off, "its being seen")
+            self.assertEqual([], self.found(made, 0))
+            cache_cli.main(["on"], self.path)
+        wait_for(lambda: not made.is_off, "its end")
+        self.assertEqual([0], self.found(made, 0))
+
     def test_a_folder_that_comes_later(self):
         """A path through a file can't be; once it can, the cache works by itself."""
         Path(self.folder, "deep").write_text("in the way", encoding="utf-8")
@@ -821,141 +739,6 @@ class Trouble(InFolder):
         self.assertIn("stopped", made.problem)
         self.put(made, 2)
         self.assertEqual([], self.found(made, 1, 2))
-
-
-class Commands(InFolder):
-    def run_cli(self, *words: str) -> tuple[int, str, str]:
-        out, err = io.StringIO(), io.StringIO()
-        with redirect_stdout(out), redirect_stderr(err):
-            status = cache_cli.main(words, self.path)
-        return status, out.getvalue(), err.getvalue()
-
-    def test_nothing_yet(self):
-        """Asking makes no file."""
-        status, out, _ = self.run_cli()
-        self.assertEqual((0, f"{self.path}: nothing stored yet\n"), (status, out))
-        self.assertEqual((0, "0 entries deleted\n", ""), self.run_cli("purge"))
-        self.assertFalse(os.path.exists(self.path))
-
-    def test_what_is_shown(self):
-        """Entries, size, hit rate, age of the oldest; each model in a row."""
-        made = self.a_cache()
-        self.put(made, 1)
-        self.found(made, 1, 2)
-        made.close()
-        with closing(CacheFile(self.path, 5)) as file:
-            file.write([Row(key_of(5), "embed", time.time() - 3 * 86_400, "", b"{}")])
-        status, out, _ = self.run_cli()
-        self.assertEqual(0, status)
-        self.assertRegex(out, r"cache.sqlite3: 2 entries, [0-9.]+ KB on disk, the oldest 3 days old\n")
-        self.assertIn("hit rate 50.0%: 1 of 2 look-ups\n", out)
-        self.assertRegex(out, r"fast-9b +1 +1 B +1 +1 +50.0%\n")
-        self.assertRegex(out, r"embed +1 +2 B +0 +0 +-\n")
-
-    def test_purge(self):
-        """By model, by age, or all, which begins the counts anew and takes corrupt files along."""
-        old = time.time() - 8 * 86_400
-        with closing(CacheFile(self.path, 5)) as file:
-            rows = [
-                Row(key_of(number), "fast-9b", old if number < 3 else time.time(), "", b"secret")
-                for number in range(600)
-            ]
-            file.write([*rows, Row(key_of(1000), "embed", time.time(), "", b"{}")])
-        Path(self.path + ".corrupt-1").write_text("x", encoding="utf-8")
-        self.assertEqual((0, "3 entries deleted\n", ""), self.run_cli("purge", "--older-than", "7d"))
-        self.assertEqual((0, "1 entry deleted\n", ""), self.run_cli("purge", "--model=embed"))
-        self.assertTrue(os.path.exists(self.path + ".corrupt-1"))
-        status, out, _ = self.run_cli("purge")
-        self.assertEqual((0, f"597 entries deleted\n{self.path}.corrupt-1 deleted\n"), (status, out))
-        with closing(CacheFile(self.path, 5)) as file:
-            self.assertEqual((0, {}), (file.stats().entries, file.stats().models))
-        self.assertNotIn(b"secret", Path(self.path).read_bytes())
-        self.assertEqual([], cache_file.aside(self.path))
-
-    def test_a_running_cache_sees_a_purge(self):
-        """What was deleted by another process is a miss."""
-        made = self.a_cache()
-        self.fill(made, range(3))
-        self.assertEqual(0, self.run_cli("purge")[0])
-        self.assertEqual([], self.found(made, 0, 1, 2))
-        self.fill(made, range(3))
-        self.assertEqual(3, made.purge(model="fast-9b"))
-        self.assertEqual([], self.found(made, 0, 1, 2))
-
-    def test_off_and_on(self):
-        """Off, nothing is found or stored; on again, what was stored is back."""
-        made = self.a_cache()
-        self.fill(made, range(3))
-        self.assertEqual(0, self.run_cli("off")[0])
-        made.flush(PATIENCE)
-        self.assertIn("turned off", made.problem)
-        self.put(made, 5)
-        self.assertEqual([], self.found(made, 0, 5))
-        self.assertIn("turned off", self.run_cli()[1])
-        self.assertEqual(0, self.run_cli("on")[0])
-        self.wait_for_word("works again")
-        self.assertEqual([0], self.found(made, 0, 5))
-        self.assertIn("not turned off", self.run_cli("on")[1])
-
-    def test_what_is_not_understood(self):
-        """Exit code 2 and a sentence; what the file refuses is 1."""
-        for words in (
-            ["clear"],
-            ["purge", "--all"],
-            ["purge", "--older-than", "7"],
-            ["purge", "--model"],
-            ["off", "x"],
-        ):
-            with self.subTest(words):
-                status, out, err = self.run_cli(*words)
-                self.assertEqual((2, ""), (status, out))
-                self.assertIn("see `portway cache --help`", err)
-        os.makedirs(os.path.dirname(self.path))
-        Path(self.path).write_bytes(b"not a database " * 1000)
-        status, _, err = self.run_cli()
-        self.assertEqual(1, status)
-        self.assertIn("not a database", err)
-        self.assertEqual((0, cache_cli.HELP, ""), self.run_cli("--help"))
-
-
-class Files(InFolder):
-    def test_a_transaction_is_whole_or_not_at_all(self):
-        """An error in the middle leaves nothing behind, and the file usable."""
-        with closing(CacheFile(self.path, 5)) as file:
-            nobody: Any = None
-            bad = Row(key_of(2), nobody, time.time(), "", b"x")
-            with self.assertRaises(sqlite3.IntegrityError):
-                file.write([Row(key_of(1), "m", time.time(), "", b"x"), bad])
-            self.assertEqual(0, file.stats().entries)
-            file.write([Row(key_of(1), "m", time.time(), "", b"x")])
-            self.assertEqual(1, file.stats().entries)
-
-    def test_a_purge_gives_room_back(self):
-        """The file shrinks on disk."""
-        with closing(CacheFile(self.path, 5)) as file:
-            file.write([Row(key_of(number), "m", time.time(), "", os.urandom(5000)) for number in range(400)])
-            before = file.stats().size
-            self.assertEqual(400, file.purge())
-            self.assertLess(file.stats().size, before / 10)
-
-    def test_looking_up_makes_no_file(self):
-        """One that was removed is the writer's to make, with the right rights."""
-        path = os.path.join(self.folder, "none.sqlite3")
-        with closing(cache_file.Readers(path)) as readers, self.assertRaises(sqlite3.OperationalError):
-            readers.find(key_of(1))
-        self.assertFalse(os.path.exists(path))
-
-    def test_errors_in_words(self):
-        """Each says what is wrong with the file."""
-        self.assertEqual("is odd", cache_file.describe(Unusable("is odd")))
-        self.assertIn("No space", cache_file.describe(OSError(28, "No space left on device")))
-
-    def test_migrations_are_numbered(self):
-        """m001, m002, ...: a file's user_version counts them."""
-        numbers = [int(step.__name__[1:4]) for step in cache_file.MIGRATIONS]
-        self.assertEqual(list(range(1, len(numbers) + 1)), numbers)
-        with closing(CacheFile(self.path, 5)), closing(sqlite3.connect(self.path)) as db:
-            self.assertEqual(len(numbers), db.execute("PRAGMA user_version").fetchone()[0])
 
 
 if __name__ == "__main__":

@@ -41,16 +41,16 @@ class Steps:
         self._stack = ExitStack()
         self.targets = [self._stack.enter_context(Target(then=reply)) for reply in members]
         names = NAMES[: len(members)]
-        self._toml = rest + "".join(
+        self.toml = rest + "".join(
             f'[backends.{name}]\nkind = "openai"\nurl = "{target.url}"\n'
             f'[models.{name}]\nbackend = "{name}"\nmodel = "physical-{name}"\n'
             for name, target in zip(names, self.targets, strict=True)
         )
         members_line = "" if "members" in options else f"members = {json.dumps(names)}\n"
-        self._toml += f'[models.cascade]\nkind = "cascade"\n{members_line}{options}\n'
+        self.toml += f'[models.cascade]\nkind = "cascade"\n{members_line}{options}\n'
 
     def __enter__(self) -> Self:
-        self.daemon = self._stack.enter_context(Daemon(self._toml))
+        self.daemon = self._stack.enter_context(Daemon(self.toml))
         self.client = self._stack.enter_context(self.daemon.client())
         return self
 
@@ -76,6 +76,8 @@ def sure(probability: float) -> dict[str, Any]:
 class JudgingTest(unittest.TestCase):
     CASES: tuple[tuple[str, bytes, dict[str, Any], str], ...] = (
         ("empty", plain("", "length"), {}, "cut"),  # thinking took all of the tokens
+        ("nothing at all", plain(), {}, "empty_answer"),
+        ("only thoughts", plain(message={"content": None, "reasoning_content": "hm"}), {}, "empty"),
         ("cut", plain("so far", "length"), {}, "cut"),
         ("refused", plain("I'm sorry, but I can't help with that."), {}, "refused"),
         ("refused in typographic words", plain("I\u2019m unable to say."), {}, "refused"),
@@ -114,6 +116,7 @@ class JudgingTest(unittest.TestCase):
                         stream=stream, stream_options={"include_usage": True} if stream else None, **fields
                     )
                     self.assertEqual([], steps.targets[1].asked)
+                    self.assertNotIn("stream_options", steps.targets[0].asked[0].json)  # it is asked plainly
                 self.assertEqual(
                     ("cascade(small)", None), tuple(map(response.header, ("x-served-by", "x-portway-attempts")))
                 )
@@ -125,6 +128,14 @@ class JudgingTest(unittest.TestCase):
                     self.assertEqual(
                         ("cascade", text), (response.json["model"], response.json["choices"][0]["message"]["content"])
                     )
+
+    def test_the_request_is_at_fault(self) -> None:
+        """A message that can't be read is the client's own mistake: nobody else is asked."""
+        with Steps(plain("x"), plain("y")) as steps:
+            steps.daemon.use(steps.toml.replace('kind = "openai"', 'kind = "ollama"', 1))
+            response = steps.ask(messages=[{"role": "user", "content": 5}])
+            self.assertEqual((400, "messages[0].content"), (response.status, response.json["error"]["param"]))
+            self.assertEqual([], steps.targets[1].asked)
 
     def test_a_tool_call_does(self) -> None:
         """A cascade takes tools; a call of one is an answer."""

@@ -205,6 +205,12 @@ class OpenAIsModels(CatalogueCase):
         found = self.asked("openai", json_reply(listing(unloaded)), "nope")
         self.assertFalse(self.facts(found).present)
 
+    def test_llama_swaps_aliases(self):
+        """It lists none of them; they stand beside the model they are names of."""
+        entry = {"id": "q", "owned_by": "llama-swap", "meta": {"llamaswap": {"type": "model", "aliases": ["quick"]}}}
+        found = self.asked("openai", json_reply(listing(entry)), "quick", "nope")
+        self.assertEqual([True, False], [self.facts(found, index).present for index in range(2)])
+
     def test_the_others_names_for_it(self):
         """vLLM's, LM Studio's and OpenRouter's; none is no news."""
         self.assertEqual(40960, self.window("q", {"id": "q", "owned_by": "vllm", "max_model_len": 40960}))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import importlib
 import io
+import os
 import re
 import subprocess
 import sys
@@ -165,8 +166,8 @@ class ServeTest(CliTest):
     """portway serve, up to where the daemon takes over."""
 
     def serve(self, *argv: str) -> Any:
-        """The recorded call of proxy.serve."""
-        serve = self.record("proxy", "serve")
+        """The recorded call of serve.serve."""
+        serve = self.record("commands.serve", "serve")
         outcome = run("serve", *argv)
         self.assertEqual((0, "", ""), outcome)
         return serve.call_args
@@ -190,7 +191,7 @@ class ServeTest(CliTest):
 
     def test_open_address_needs_keys(self) -> None:
         """An address that other machines can reach is refused on the command line as it is in the file."""
-        serve = self.record("proxy", "serve")
+        serve = self.record("commands.serve", "serve")
         for host in ("0.0.0.0", "192.168.1.7", "::", "box.lan"):
             outcome = run("serve", "--config", self.write(VALID), "--host", host)
             self.assertEqual(2, outcome.status)
@@ -200,13 +201,13 @@ class ServeTest(CliTest):
 
     def test_bad_configuration(self) -> None:
         """With a mistake in the configuration nothing is started."""
-        serve = self.record("proxy", "serve")
+        serve = self.record("commands.serve", "serve")
         self.assertEqual(78, run("serve", "--config", self.write("[modles]")).status)
         serve.assert_not_called()
 
     def test_exit_code(self) -> None:
         """The daemon's exit code is the command's."""
-        self.record("proxy", "serve").return_value = 1
+        self.record("commands.serve", "serve").return_value = 1
         self.assertEqual(1, run("serve", "--config", self.write(VALID)).status)
 
 
@@ -229,10 +230,60 @@ class OtherCommandsTest(CliTest):
         self.assertEqual(0, run("standin", "--port", "0", "--help").status)
         standin.assert_called_once_with(["--port", "0", "--help"])
 
+    def test_residency(self) -> None:
+        """ps, load, unload and models ask the daemon of the configuration that --config names, wherever it stands."""
+        main = self.record("commands.residency", "main")
+        path = self.write(f"[server]\nport = 12345\n{VALID}")
+        for words in (["--config", path], [f"--config={path}"]):
+            for name, more in (("ps", ["--json"]), ("models", []), ("load", ["m"]), ("unload", ["m"])):
+                self.assertEqual(0, run(name, *words, *more).status)
+                command, left, loaded = main.call_args.args
+                self.assertEqual((name, more, 12345), (command, left, loaded.server.port))
+        self.assertEqual(0, run("load", "m", "--config", path).status)
+        self.assertEqual(["m"], main.call_args.args[1])
+        self.assertEqual(2, run("ps", "--config").status)
+        self.assertEqual(78, run("ps", "--config", "/nowhere.toml").status)
+
     def test_interrupt(self) -> None:
         """Ctrl-C ends a command without a traceback."""
         self.record("commands.demo", "main").side_effect = KeyboardInterrupt
         self.assertEqual((130, "", ""), run("demo"))
+
+
+class OwnWordsTest(unittest.TestCase):
+    """`stats`, `cache`, `ps`, .. read their words themselves, but for --config."""
+
+    def setUp(self) -> None:
+        self.folder = self.enterContext(tempfile.TemporaryDirectory())
+        self.path = os.path.join(self.folder, "models.toml")
+        more = f'[log]\nfile = "{self.folder}/a.jsonl"\n[cache]\nfile = "{self.folder}/a.sqlite3"\n'
+        Path(self.path).write_text(f"{VALID}\n{more}\n[server]\nport = 2\n", encoding="utf-8")
+
+    def test_they_read_the_named_configuration(self) -> None:
+        """Wherever it stands among their words."""
+        self.assertIn("a.jsonl", run("stats", f"--config={self.path}").out)
+        self.assertIn("a.jsonl", run("stats", "--config", self.path, "--json").out)
+        self.assertIn("a.sqlite3", run("cache", "--config", self.path).out)
+        self.assertEqual((0, "0 entries deleted\n", ""), run("cache", "purge", "--config", self.path, "--model=x"))
+        done = run("ps", "--json", "--config", self.path)
+        self.assertEqual((3, ""), (done.status, done.out))
+        self.assertIn("127.0.0.1:2 ", done.err)
+        self.assertEqual(2, run("stats", "--config").status)
+
+    def test_the_environments_configuration(self) -> None:
+        """Without the option $PORTWAY_CONFIG says it, as for `serve`."""
+        with mock.patch.dict(os.environ, {"PORTWAY_CONFIG": self.path}):
+            self.assertIn("a.jsonl", run("stats").out)
+            self.assertIn("a.sqlite3", run("cache").out)
+
+    def test_a_broken_configuration(self) -> None:
+        """It is 78, but help is still given."""
+        Path(self.path).write_text("[models", encoding="utf-8")
+        for command in ("stats", "cache", "ps", "models", "load", "unload"):
+            self.assertEqual(78, run(command, "--config", self.path).status)
+            done = run(command, "--config", self.path, "--help")
+            self.assertEqual((0, ""), (done.status, done.err))
+            self.assertIn("--config FILE", done.out)
 
 
 class ProcessTest(unittest.TestCase):

@@ -15,7 +15,7 @@ import zipfile
 from pathlib import Path
 from typing import Any
 
-from portway import config, fields, panels
+from portway import config, fields, keys, panels
 from portway.config import Config, ConfigError, ConfigWatcher
 from portway.fields import Mistake
 
@@ -160,6 +160,20 @@ class Values(unittest.TestCase):
         got = parsed(two + "default = true\n")
         self.assertIs(got.models["b"], got.resolve("flag:default"))
 
+    def test_the_flag_of_a_council(self) -> None:
+        """`ask --council` means the first one, unless another model has that flag; and the list of models says so."""
+        council = '[models.{}]\nkind = "council"\nmembers = ["a", "a"]\nchairman = "a"\n'
+        alone = BACKENDS + MODEL.format(name="a") + council.format("first") + council.format("second")
+        for more, meant in (("", "first"), ('flag = "council"\n', "second")):
+            got = parsed(alone + more)
+            self.assertIs(got.models[meant], got.resolve("flag:council"))
+            flags = {name: got.flag_of(model) for name, model in got.models.items()}
+            self.assertEqual({"a": "", "first": "", "second": ""} | {meant: "council"}, flags)
+        self.assertEqual(
+            "all", parsed(alone.replace("[models.second]", 'flag = "all"\n[models.second]')).models["first"].flag
+        )
+        self.assertIsNone(parsed(BACKENDS + MODEL.format(name="a")).resolve("flag:council"))
+
     def test_flags_that_clash(self) -> None:
         """A flag means one model, can't be an option of ask's own, and no name may look like one."""
         a, b = MODEL.format(name="a"), MODEL.format(name="b")
@@ -195,9 +209,8 @@ class Values(unittest.TestCase):
         """
         got = parsed(text + A, {"KEY": "sk-2"})
         origins = ("http://localhost:3000", "vscode-webview://abc", "http://[::1]:80")
-        expected = config.Server(
-            "::1", 0, ("sk-1", "sk-2"), ("box.lan",), origins, 1.0, 1024**2, 2, 3, 4.0, 5.0, 6.0, 7.0, 0.0
-        )
+        secrets = tuple(keys.Key(keys.digest_of(secret), secret=secret) for secret in ("sk-1", "sk-2"))
+        expected = config.Server("::1", 0, secrets, ("box.lan",), origins, 1.0, 1024**2, 2, 3, 4.0, 5.0, 6.0, 7.0, 0.0)
         self.assertEqual(expected, got.server)
         self.assertEqual(config.Cooldown(1, 2.0, 3.0), got.cooldown)
         self.assertEqual(config.Cooldown(3, 0.0, 0.0), parsed(A + "[cooldown]\nseconds = 0\nlongest = 0").cooldown)
@@ -570,6 +583,8 @@ class Refusals(unittest.TestCase):
             f'{A}[server]\napi_keys = ["env:KEY"]',
             f'{A}[server]\napi_key = "sk-geheim"',
             A.replace('"http://127.0.0.1:11434"', '"http://u:geheim@h"'),
+            f'{A}[server]\nhost = "http://u:geheim@h"',
+            f'{A}keep_alive = "https://geheim@h/x"',
             A.replace('"http://127.0.0.1:11434"', '"http://h?key=geheim"'),
             'backends = "geheim"\n' + MODEL.format(name="a"),
         )
@@ -822,14 +837,14 @@ class Finding(Folder):
         """The shipped file is found and read where Portway is a zip archive, and a user's file still is."""
         archive = self.folder / "portway.pyz"
         with zipfile.ZipFile(archive, "w") as out:
-            for name in ("__init__.py", "config.py", "fields.py", "panels.py"):
+            for name in ("__init__.py", "config.py", "errors.py", "fields.py", "keys.py", "panels.py"):
                 out.write(ROOT / "portway" / name, f"portway/{name}")
             out.write(SHIPPED, "portway/models.toml")
         self.check_installed(str(archive), str(archive / "portway" / "models.toml"))
 
     def test_from_a_wheel(self) -> None:
         """The shipped file is found beside the package where it was installed."""
-        for name in ("__init__.py", "config.py", "fields.py", "panels.py"):
+        for name in ("__init__.py", "config.py", "errors.py", "fields.py", "keys.py", "panels.py"):
             self.write(f"site/portway/{name}", (ROOT / "portway" / name).read_text("utf-8"))
         shipped = self.write("site/portway/models.toml", SHIPPED.read_text("utf-8"))
         self.write("site/config/models.toml", A)  # somebody else's

@@ -521,6 +521,50 @@ class PartialTest(unittest.TestCase):
             ("degraded", "council(alpha,beta>spare)"), tuple(map(response.header, ("x-council", "x-served-by")))
         )
 
+    def test_the_next_chairman_reads_what_it_can(self) -> None:
+        """Who follows the chairman and has a smaller window, or no eyes, is asked what fits it."""
+        image = {"type": "image_url", "image_url": {"url": "data:image/png;base64,AAAA"}}
+        messages = [{"role": "user", "content": [{"type": "text", "text": "what is it?"}, image]}]
+        models = {
+            "chair": "num_ctx = 32768\n",
+            "spare": 'num_ctx = 2048\ncapabilities = ["completion"]\n',
+        }
+        with Sitting(
+            said("word " * 5000), said("b"), chair=BROKEN, spare=plain("from spare"), models=models
+        ) as sitting:
+            response = sitting.ask(messages=messages)
+            [[*_, first]] = [body["messages"] for body in sitting.asked("chair")]
+            [[*_, second]] = [body["messages"] for body in sitting.asked("spare")]
+        self.assertEqual("council(alpha,beta>spare)", response.header("x-served-by"))
+        self.assertEqual(["text", "image_url", "text"], [each["type"] for each in first["content"]])
+        self.assertNotIn("Cut to fit", first["content"][-1]["text"])
+        self.assertEqual(["text", "text", "text"], [each["type"] for each in second["content"]])
+        self.assertIn("Cut to fit", second["content"][-1]["text"])
+        self.assertLess(len(second["content"][-1]["text"]), 2048 * 3)
+
+    def test_the_next_chairman_has_a_smaller_window(self) -> None:
+        """The same where only the windows differ; without fallback nobody follows; nor once the time is over."""
+        models = {"chair": "num_ctx = 32768\n", "spare": "num_ctx = 2048\n"}
+        with Sitting(said("word " * 5000), said("b"), chair=BROKEN, spare=plain("c"), models=models) as sitting:
+            self.assertEqual("council(alpha,beta>spare)", sitting.ask().header("x-served-by"))
+            texts = [sitting.asked(name)[0]["messages"][-1]["content"] for name in ("chair", "spare")]
+            self.assertEqual([False, True], ["Cut to fit" in text for text in texts])
+            off = sitting.ask(headers={"X-Portway-Fallback": "off"})
+            self.assertEqual(("council(alpha)", 1), (off.header("x-served-by"), len(sitting.asked("spare"))))
+        late = "timeouts = { total = 0.6 }"
+        with Sitting(
+            said("a"), said("b"), chair=HANG_AT_ONCE, spare=HANG_AT_ONCE, models=models, options=late
+        ) as sitting:
+            self.assertEqual("council(alpha)", sitting.ask().header("x-served-by"))
+            self.assertEqual(1, len(sitting.asked("spare")))
+
+    def test_no_chairman_is_asked_twice_for_nothing(self) -> None:
+        """Where all of the chain can read the same, each of them is asked once."""
+        models = {"chair": "num_ctx = 4096\n", "spare": "num_ctx = 4096\n"}
+        with Sitting(said("a"), said("b"), chair=BROKEN, spare=BROKEN, models=models) as sitting:
+            self.assertEqual("council(alpha)", sitting.ask().header("x-served-by"))
+            self.assertEqual([1, 1], [len(sitting.asked(name)) for name in ("chair", "spare")])
+
     def test_no_fallback(self) -> None:
         """X-Portway-Fallback: off holds for everybody within."""
         with Sitting(said("a"), said("b"), chair=BROKEN, spare=plain("from spare")) as sitting:
@@ -556,6 +600,14 @@ class PartialTest(unittest.TestCase):
                     ("degraded", "council(beta)"), tuple(map(response.header, ("x-council", "x-served-by")))
                 )
                 self.assertEqual("server_error", told["chairman"]["status"])
+
+    def test_the_best_member_in_the_chairmans_place(self) -> None:
+        """A whole answer rather than one that was cut off, and that one rather than none, told as what it is."""
+        for second, who, reason in ((said("b"), "beta", "stop"), (BROKEN, "alpha", "length")):
+            with Sitting(sse_of("long", "length"), second, chair=BROKEN) as sitting:
+                response = sitting.ask()
+            self.assertEqual(f"council({who})", response.header("x-served-by"))
+            self.assertEqual(reason, response.json["choices"][0]["finish_reason"])
 
     def test_no_member_in_the_chairmans_place(self) -> None:
         """Where a form was asked for that only the chairman knew of, its failure stays a failure."""

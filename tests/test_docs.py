@@ -9,6 +9,8 @@ from portway import cli, proxy, telemetry
 from portway.ask import manual as ask_help
 from portway.call import PHASES
 from portway.errors import FAILURES
+from scripts import guards
+from scripts.guard_list import GUARDS
 
 ROOT = Path(__file__).resolve().parent.parent
 REFERENCE = (ROOT / "docs" / "reference.md").read_text("utf-8")
@@ -131,7 +133,7 @@ class ReadmeTest(unittest.TestCase):
 
     def test_links(self):
         """Each file that README and the documents point to is there."""
-        for document in (ROOT / "README.md", *(ROOT / "docs").glob("*.md"), ROOT / "CONTRIBUTING.md"):
+        for document in (*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")):
             for target in re.findall(r"\]\(([^)#]+)\)", document.read_text("utf-8")):
                 if "://" not in target:
                     self.assertTrue((document.parent / target).exists(), f"{document.name}: {target}")
@@ -145,6 +147,23 @@ class ReadmeTest(unittest.TestCase):
         """docs/design.md has a line for each module."""
         design = (ROOT / "docs" / "design.md").read_text("utf-8")
         self.assertEqual([], [name for name in SOURCE if "__" not in name and f"`{name}`" not in design])
+
+
+class SecurityTest(unittest.TestCase):
+    def test_every_guard(self):
+        """SECURITY.md has the table that scripts/guards.py makes: each guard once, with the tests that notice."""
+        said = (ROOT / "SECURITY.md").read_text("utf-8")
+        self.assertIn("\n".join(guards.table()), said)
+        self.assertEqual(len(GUARDS), len({guard.promise for guard in GUARDS}))
+
+    def test_every_test(self):
+        """Each test that is named is there."""
+        for guard in GUARDS:
+            for name in guard.tests:
+                module, *path = name.removeprefix("tests.").split(".")
+                text = (ROOT / "tests" / f"{module}.py").read_text("utf-8")
+                for part in path:
+                    self.assertRegex(text, rf"(class|def) {part}\b", name)
 
 
 if __name__ == "__main__":

@@ -243,6 +243,32 @@ class BackendTest(DoctorTest):
         self.assertIn("for 8192 tokens", fit.text)
         self.assertIn("(an estimate)", fit.text)
 
+    def test_llama_server_as_a_router(self):
+        """It answers to its own names only; what is not loaded has the size of its file."""
+        weights = self.home / "weights.gguf"
+        weights.write_bytes(b"x" * 5000)
+        status = {"value": "unloaded", "args": ["llama-server", "--model", str(weights), "-c", "512"]}
+        self.answers = {"/v1/models": {"data": [{"id": "gpt-oss", "owned_by": "llamacpp", "status": status}]},
+                        "/props": {"role": "router"}}  # fmt: skip
+        examined = self.examine(CONFIG + LLAMA)
+        self.assert_found(examined, "ok", "fit", "heavy: 5 KB + ", "")
+        self.answers["/v1/models"]["data"][0]["id"] = "other"
+        self.assert_found(self.examine(CONFIG + LLAMA), "warning", "models", "llama has no gpt-oss", "see what llama")
+
+    def test_llama_swap(self):
+        """By its name and version; what runs has the size of its file, an alias is a name."""
+        weights = self.home / "weights.gguf"
+        weights.write_bytes(b"x" * 5000)
+        own = {"llamaswap": {"type": "model", "aliases": ["gpt-oss"]}}
+        self.answers = {
+            "/v1/models": {"data": [{"id": "oss", "owned_by": "llama-swap", "meta": own, "status": {}}]},
+            "/api/version": {"version": "v240"},
+            "/running": {"running": [{"model": "oss", "cmd": f"llama-server -m {weights} --ctx-size 512"}]},
+        }
+        examined = self.examine(CONFIG + LLAMA)
+        self.assert_found(examined, "ok", "backend", "llama-swap v240, 1 models", "")
+        self.assert_found(examined, "ok", "fit", "heavy: 5 KB + ", "")
+
     def test_unknown_servers_are_asked_little(self):
         """A server that is not known to be llama-server is asked for its list and nothing else."""
         self.answers = {"/v1/models": {"data": [{"id": "gpt-oss"}]}}
@@ -304,6 +330,20 @@ class MemoryTest(DoctorTest):
         examined = self.examine(CONFIG + '[memory]\nbudget = "30GB"\n')
         self.assertTrue(all(verdict.fits for verdict in examined.verdicts))
         self.assertTrue(examined.verdicts[1].beside)
+        examined = self.examine(CONFIG + '[memory]\nbudget = "20GB"\n')
+        self.assert_found(
+            examined, "warning", "fit", "22.0 GB, more than memory.budget (20.0 GB)", "raise that, or a smaller"
+        )
+
+    def test_every_finding_has_a_fix(self):
+        """Whatever is wrong, there is a line of what to do about it."""
+        self.sizes = {}
+        self.reading = Reading(24 * GIB, GIB)
+        self.answers["/v1/models"] = OSError(61, "Connection refused")
+        examined = self.examine(CONFIG + LLAMA + '[memory]\nbudget = "1GB"\n')
+        wrong = [finding for finding in examined.findings if finding.severity in ("warning", "error")]
+        self.assertGreater(len(wrong), 4)
+        self.assertEqual([], [finding for finding in wrong if not finding.fix])
 
     def test_elsewhere(self):
         """Models behind another machine, or in a card's own memory, are not judged by this one's."""
@@ -391,11 +431,23 @@ class FileTest(DoctorTest):
 
     def test_only_what_is_used(self):
         """Without a log and a cache there is nothing to say of their files."""
-        examined = self.examine(CONFIG + "[log]\nenabled = false\n")
+        examined = self.examine(CONFIG + "[log]\nenabled = false\n[memory]\nenabled = false\n")
         self.assertEqual([], [finding for finding in examined.findings if finding.about == "files"])
         self.assert_found(
             self.examine(CONFIG.replace("default = true", 'default = true\ncache = "1d"')), "ok", "files", "cache: ", ""
         )
+
+    def test_measures(self):
+        """What was measured of models is its owner's, too; where it can't be kept, that is only a warning."""
+        measured = self.home / ".local" / "state" / "portway" / "measured.json"
+        self.assert_found(self.examine(), "ok", "files", f"measures: {measured}, to be made", "")
+        measured.parent.mkdir(parents=True)
+        measured.write_text("{}")
+        measured.chmod(0o640)
+        self.assert_found(self.examine(), "warning", "files", "may read the models' measures", f"chmod 600 {measured}")
+        with mock.patch("portway.commands.doctor.os.access", lambda path, _mode: path != str(measured)):
+            measured.chmod(0o600)
+            self.assert_found(self.examine(), "warning", "files", "can't be written", "chown")
 
     def test_clock_went_back(self):
         """A log from the future, and a clock from before Portway, are told."""

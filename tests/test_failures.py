@@ -20,6 +20,8 @@ CASES: list[tuple[int, Any, str, str]] = [
     # Ollama
     (404, {"error": "model 'x' not found"}, "model_not_found", ""),
     (404, {"error": 'model "x" not found, try pulling it first'}, "model_not_found", ""),
+    (404, {"src": "llama-swap", "error": {"message": "no router for requested model"}}, "model_not_found", ""),
+    (400, {"src": "llama-swap", "error": "could not find real modelID for x"}, "model_not_found", ""),
     (404, "404 page not found", "unsupported", "endpoint"),
     (405, "405 method not allowed", "unsupported", "endpoint"),
     (400, {"error": '"tiny" does not support thinking'}, "unsupported", "thinking"),

@@ -48,6 +48,19 @@ class LadderTest(unittest.TestCase):
                 self.assertTrue(everyday.name.startswith("fast-"))
                 self.assertGreaterEqual(len(loaded.chain(everyday)), 2)
 
+    def test_a_council(self):
+        """Where one thinks there is a council under it, with the everyday model as its members; else there is none."""
+        for memory in LADDER:
+            models = parsed(memory).models
+            thinkers = [name for name in models if name.startswith("think-")]
+            self.assertEqual(bool(thinkers), "council" in models)
+            if thinkers:
+                panel = models["council"].panel
+                self.assertEqual(
+                    [parsed(memory).flagged("default").name] * 2, [member.name for member in panel.members]
+                )
+                self.assertEqual(thinkers, [panel.chairman])
+
     def test_what_does_not_fit_is_said(self):
         """No model is over the budget but the coder of a 24 GB machine, which says so; none exceeds the machine."""
         for memory in LADDER:

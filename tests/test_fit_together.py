@@ -13,6 +13,7 @@ MODELS = {
     "b": 'model = "b"\nsize = "5GB"',
     "c": 'model = "c"\nsize = "3GB"',
     "again": 'model = "a"\nsize = "6GB"\nnum_ctx = 2048',
+    "larger": 'model = "a"\nsize = "8GB"\nnum_ctx = 1024',
 }
 
 
@@ -39,6 +40,13 @@ class FitTogetherTest(unittest.TestCase):
         self.assertIs(False, self.fit("a", "b"))
         self.assertIs(True, self.fit("a", "a"))
         self.assertIs(False, self.fit("a", "again"))
+
+    def test_two_names_that_say_two_sizes(self):
+        """Of one model the larger one counts, in any order."""
+        self.residency.refresh(NoClient())
+        self.assertIs(True, self.fit("a", "larger"))
+        for names in (("a", "larger", "c"), ("larger", "a", "c")):
+            self.assertIs(False, self.fit(*names))
 
 
 if __name__ == "__main__":

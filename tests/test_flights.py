@@ -12,6 +12,7 @@ from unittest import mock
 
 from portway.cache import flights
 from portway.cache.flights import Crashed, Flights, Landed, Leader, Waiter
+from portway.call import finish
 from portway.errors import BackendError, ClientGone
 from portway.watch import ClientWatch, NoClient
 
@@ -45,7 +46,7 @@ class Waiting(threading.Thread):
 
     def run(self) -> None:
         try:
-            self.outcome = self._waiter.wait(self._watch, time.monotonic() + PATIENCE)
+            self.outcome = finish(self._waiter.wait(self._watch, time.monotonic() + PATIENCE))
         except ClientGone as exc:
             self.outcome = exc
 
@@ -106,7 +107,7 @@ class Sharing(FlightsCase):
             place = self.flights.join(KEY)
             joined.release()
             if isinstance(place, Waiter):
-                outcome = place.wait(NoClient(), time.monotonic() + PATIENCE)
+                outcome = finish(place.wait(NoClient(), time.monotonic() + PATIENCE))
                 assert isinstance(outcome, Landed)
                 answers.append(outcome.value)
                 return
@@ -181,10 +182,10 @@ class Sharing(FlightsCase):
         with self.lead() as leader:
             waiter = self.flights.join(KEY)
             assert isinstance(waiter, Waiter)
-            self.assertIsNone(waiter.wait(NoClient(), time.monotonic()))
+            self.assertIsNone(finish(waiter.wait(NoClient(), time.monotonic())))
             self.assertFalse(leader.has_waiters())
             with self.assertRaises(RuntimeError):
-                waiter.wait(NoClient(), time.monotonic())
+                finish(waiter.wait(NoClient(), time.monotonic()))
             leader.publish("x")
 
 
@@ -309,11 +310,11 @@ class Leaving(FlightsCase):
             watch = leader.watch(client.watch)
             watch.phase = "prompt"
             client.leave()
-            self.assertFalse(watch.readable(self.backend, time.monotonic() + 0.01))
+            self.assertFalse(finish(watch.readable(self.backend, time.monotonic() + 0.01)))
             self.far.send(b"token")
-            self.assertTrue(watch.readable(self.backend, self.soon()))
-            self.assertTrue(watch.writable(self.backend, self.soon()))
-            watch.pause(time.monotonic() + 0.01)
+            self.assertTrue(finish(watch.readable(self.backend, self.soon())))
+            self.assertTrue(finish(watch.writable(self.backend, self.soon())))
+            finish(watch.pause(time.monotonic() + 0.01))
             watch.phase = "answer"
             leader.publish("x")
         self.assertEqual(Landed("x"), waiting.result())
@@ -326,7 +327,7 @@ class Leaving(FlightsCase):
             client.leave()
             with self.assertRaises(seen), self.lead() as leader:
                 (waiting,) = self.follow(1)
-                self.assertFalse(leader.watch(client.watch).readable(self.backend, time.monotonic()))
+                self.assertFalse(finish(leader.watch(client.watch).readable(self.backend, time.monotonic())))
                 raise error
             successor = waiting.result()
             self.assertIsInstance(successor, Leader)
@@ -335,9 +336,9 @@ class Leaving(FlightsCase):
     def test_each_kind_of_wait_notices_the_client(self):
         """Without waiters each raises ClientGone, with one each goes on."""
         waits: list[Callable[[Any], Any]] = [
-            lambda watch: watch.readable(self.backend, time.monotonic()),
-            lambda watch: watch.writable(self.far, time.monotonic()),
-            lambda watch: watch.pause(time.monotonic()),
+            lambda watch: finish(watch.readable(self.backend, time.monotonic())),
+            lambda watch: finish(watch.writable(self.far, time.monotonic())),
+            lambda watch: finish(watch.pause(time.monotonic())),
         ]
         for wait in waits:
             client = Client(self)
@@ -352,11 +353,13 @@ class Leaving(FlightsCase):
 
     def test_a_heartbeat_that_can_not_be_sent_is_a_client_that_left(self):
         """The watch raises OSError then; the generation goes on for who waits."""
-        gone = mock.Mock(readable=mock.Mock(side_effect=BrokenPipeError), phase="prompt")
+        gone = mock.Mock(
+            readable=mock.AsyncMock(side_effect=BrokenPipeError), on_thread=mock.AsyncMock(), phase="prompt"
+        )
         with self.assertRaises(BrokenPipeError), self.lead() as leader:
             (waiting,) = self.follow(1)
             watch = leader.watch(gone)
-            self.assertFalse(watch.readable(self.backend, time.monotonic()))
+            self.assertFalse(finish(watch.readable(self.backend, time.monotonic())))
             leader.publish("x")
         self.assertEqual(Landed("x"), waiting.result())
 
@@ -367,11 +370,11 @@ class Leaving(FlightsCase):
         with self.assertRaises(ClientGone), self.lead() as leader:
             (waiting,) = self.follow(1, other.watch)
             watch = leader.watch(client.watch)
-            self.assertFalse(watch.readable(self.backend, time.monotonic()))
+            self.assertFalse(finish(watch.readable(self.backend, time.monotonic())))
             other.leave()
             started = time.monotonic()
             with mock.patch.object(flights, "LOOK_EVERY", PATIENCE):  # by the line, not by looking now and then
-                watch.readable(self.backend, self.soon())
+                finish(watch.readable(self.backend, self.soon()))
         self.assertLess(time.monotonic() - started, PATIENCE / 2)
         self.assertIsInstance(waiting.result(), ClientGone)
 
@@ -383,11 +386,11 @@ class Leaving(FlightsCase):
             first = self.flights.join(KEY)
             assert isinstance(first, Waiter)
             watch = leader.watch(client.watch)
-            self.assertFalse(watch.readable(self.backend, time.monotonic()))
+            self.assertFalse(finish(watch.readable(self.backend, time.monotonic())))
             first.leave()
             (second,) = self.follow(1)
             with mock.patch.object(select, "poll", side_effect=select.poll) as poll:
-                self.assertFalse(watch.readable(self.backend, time.monotonic() + 0.05))
+                self.assertFalse(finish(watch.readable(self.backend, time.monotonic() + 0.05)))
             self.assertLess(poll.call_count, 10)
             leader.publish("x")
         self.assertEqual(Landed("x"), second.result())
@@ -413,7 +416,7 @@ class Storm(FlightsCase):
                     if (number + turn) % 5 == 0:
                         place.leave()
                         continue
-                    outcome = place.wait(NoClient(), time.monotonic() + PATIENCE)
+                    outcome = finish(place.wait(NoClient(), time.monotonic() + PATIENCE))
                     if not isinstance(outcome, Leader):
                         assert outcome is not None, "stuck"
                         continue

@@ -1,8 +1,11 @@
+import hmac
 import unittest
+from unittest import mock
 
 from portway import config
 from portway.errors import ClientError
 from portway.guards import Guards
+from portway.keys import digest_of
 from portway.wire.http1 import parse_request
 
 
@@ -44,6 +47,20 @@ class HostTest(unittest.TestCase):
     def test_malformed_host(self):
         """A port that is not one, or half a bracket, is no name of ours."""
         for host in ("localhost:evil.example", "[::1]evil", "[::1", "localhost:80:80", "user@localhost"):
+            self.refused(host)
+
+    def test_what_only_looks_like_loopback(self):
+        """A number that is none to a resolver, a name of digits, an address of nobody's."""
+        for host in (
+            "localhost:\xb2",
+            "127...1",
+            "127.0.0.256",
+            "127.0.0.1.",
+            "127.1",
+            "2130706433",
+            "[evil:1]",
+            "::1",
+        ):
             self.refused(host)
 
     def test_addresses_of_other_machines(self):
@@ -93,6 +110,14 @@ class OriginTest(unittest.TestCase):
         self.refused(Sec_Fetch_Site="same-site")
         self.assertEqual({}, guards().check(head(Sec_Fetch_Site="none", Content_Type="application/json")))
 
+    def test_an_own_origin_proves_nothing_against_the_browsers_word(self):
+        """Whoever says both is no browser that shows a page of ours."""
+        self.refused(Origin="http://localhost:11436", Sec_Fetch_Site="cross-site")
+        self.refused(Origin="http://localhost:11436", Sec_Fetch_Site="same-site")
+        served = guards('allowed_origins = ["http://localhost:3000"]')
+        listed = head(Origin="http://localhost:3000", Sec_Fetch_Site="same-site", Content_Type="application/json")
+        self.assertTrue(served.check(listed))
+
     def test_content_types(self):
         """cron's `curl -d` may send a form's content type; a browser may not."""
         form = "application/x-www-form-urlencoded"
@@ -116,19 +141,44 @@ class KeyTest(unittest.TestCase):
     def test_each_key_is_good(self):
         """Any of the configured keys opens."""
         served = guards('api_keys = ["sk-one", "sk-two"]')
-        self.assertIsNone(served.check_key(head(Authorization="Bearer sk-one")))
-        self.assertIsNone(served.check_key(head(Authorization="bearer sk-two")))
+        for given, number in (("Bearer sk-one", 0), ("bearer sk-two", 1), ("BEARER   sk-two ", 1)):
+            found = served.check_key(head(Authorization=given))
+            self.assertEqual(digest_of(f"sk-{('one', 'two')[number]}"), found.digest if found else None)
 
     def test_wrong_keys(self):
         """Anything else is 401, with what to send, and without the key in the message."""
         served = guards('api_keys = ["sk-one"]')
-        for value in ("Bearer sk-on", "Bearer sk-one1", "Basic sk-one", "sk-one", "Bearer", "Bearer \xff"):
+        wrong = (
+            "Bearer sk-on",
+            "Bearer sk-one1",
+            "Bearer SK-ONE",
+            "Basic sk-one",
+            "sk-one",
+            "Bearer",
+            "Bearer \xff",
+            "",
+        )
+        for value in (*wrong, f"Bearer {digest_of('sk-one').hex()}"):
             with self.assertRaises(ClientError) as caught:
-                served.check_key(
-                    head(Authorization=value.encode("latin-1").decode("latin-1")) if value.isascii() else head()
-                )
+                served.check_key(head(Authorization=value))
             self.assertEqual((401, "invalid_api_key"), (caught.exception.status, caught.exception.code))
             self.assertNotIn("sk-one", caught.exception.message)
+
+    def test_no_key_is_never_a_key(self):
+        """Not even where somebody has configured the hash of nothing."""
+        served = guards(f'api_keys = ["sha256:{digest_of("").hex()}"]')
+        for fields in ({}, {"Authorization": "Bearer "}, {"Authorization": "Basic x"}):
+            with self.assertRaises(ClientError):
+                served.check_key(head(**fields))
+
+    def test_every_key_is_compared(self):
+        """In a time that does not depend on which one it is, nor on how much of one is right."""
+        served = guards('api_keys = ["sk-one", "sk-two", "sk-three"]')
+        for given in ("sk-one", "sk-three", "wrong", ""):
+            with mock.patch("portway.guards.hmac.compare_digest", side_effect=hmac.compare_digest) as compare:
+                served.may_know_all(head(Authorization=f"Bearer {given}"))
+            self.assertEqual(3, compare.call_count)
+            self.assertEqual({32}, {len(side) for call in compare.call_args_list for side in call.args})
 
 
 if __name__ == "__main__":

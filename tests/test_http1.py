@@ -15,6 +15,7 @@ from portway.wire.http1 import (
     Incoming,
     RequestHead,
     as_client_error,
+    field_lines,
     parse_request,
     parse_response,
 )
@@ -121,6 +122,8 @@ class RequestLines(HeadCase):
             b"OPTIONS * HTTP/1.1",
             b"CONNECT localhost:80 HTTP/1.1",
             b"GET ?a HTTP/1.1",
+            b"GET /a#b HTTP/1.1",
+            b"GET /a?b#c HTTP/1.1",
             b"GET / http/1.1",
             b"GET / HTP/1.1",
             b"GET / HTTP",
@@ -140,11 +143,12 @@ class RequestLines(HeadCase):
             self.refused(line + b"\r\nHost: localhost", 505)
 
     def test_http_1_1_needs_a_host(self):
-        """HTTP/1.0 does not; an empty one is there, and for the guards to judge."""
+        """HTTP/1.0 does not; an empty one is none, and which machine was meant is not known."""
         self.refused(b"GET / HTTP/1.1")
         self.refused(b"GET / HTTP/1.1\r\nX-Host: a")
+        self.refused(b"GET / HTTP/1.1\r\nHost:")
+        self.refused(b"GET / HTTP/1.0\r\nHost: \t")
         self.assertEqual({}, parse_request(b"GET / HTTP/1.0").headers)
-        self.assertEqual("", parse_request(b"GET / HTTP/1.1\r\nHost:").headers["host"])
 
 
 class Fields(HeadCase):
@@ -219,6 +223,16 @@ class Fields(HeadCase):
         fields = [b"X-%d: a" % number for number in range(MAX_FIELDS - 1)]
         self.assertEqual(MAX_FIELDS, len(parse_request(get(*fields)).headers))
         self.refused(get(*fields, b"Y: a"), 431)
+
+    def test_a_head_is_bounded(self):
+        """Also one that came in a single piece, with its end."""
+        self.assertEqual("/", parse_request(get(b"X: " + b"a" * (MAX_HEAD - 50))).path[:1])
+        self.refused(get(b"X: " + b"a" * MAX_HEAD), 431)
+
+    def test_what_is_sent_stays_on_its_line(self):
+        """No value, wherever it came from, begins a header of its own; the rest of it is shown."""
+        lines = field_lines({"X-A": "a\r\nX-Evil: 1", "X-B": "\x1b[2J\x00b\x85", "X-C": "\xe9 plain"})
+        self.assertEqual(["X-A: a  X-Evil: 1\r\n", "X-B:  [2J b \r\n", "X-C: \xe9 plain\r\n"], lines)
 
 
 class Framing(HeadCase):

@@ -6,11 +6,15 @@ import json
 import os
 import tempfile
 import threading
+import time
 import unittest
-from contextlib import closing
+from contextlib import ExitStack, closing
+from functools import partial
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
+from portway import proxy, telemetry
 from portway.cache.store import Cache
 from portway.standin.server import DEFAULT_MODELS, Fault, StandIn
 from portway.telemetry import Log, Price
@@ -47,6 +51,7 @@ SERVER = """
 api_keys = ["{key}"]
 max_body = 10000
 header_timeout = 0.2
+body_timeout = 0.2
 write_timeout = 0.5
 [cooldown]
 failures = 1000
@@ -56,8 +61,9 @@ enabled = false
 kind = "ollama"
 url = "{url}"
 """
+PATIENT = SERVER.replace("header_timeout = 0.2\nbody_timeout = 0.2\n", "")  # for requests that are slow on purpose
 FIELDS = {
-    "ts", "id", "client", "endpoint", "model", "served_by", "local", "stream", "status", "exit_code", "error",
+    "ts", "id", "client", "key", "endpoint", "model", "served_by", "local", "stream", "status", "exit_code", "error",
     "cache_hit", "demoted", "attempts", "prompt_hash", "prompt_chars", "response_chars", "prompt_tokens",
     "completion_tokens", "truncated", "cancelled_in", "latency_s", "queue_s", "load_s", "ttft_s", "decode_tps",
     "overhead_ms", "saved_usd",
@@ -249,6 +255,30 @@ class Answered(LogCase):
             self.assertEqual([("nine", "server_error"), ("three", "ok")], steps)
         self.assertEqual([False, True], [line["cache_hit"] for line in lines])
 
+    def test_several_models(self) -> None:
+        """A council or a cascade is local, and saves something, if all who had a part in it are."""
+        panels = ['[models.both]\nkind = "council"\nmembers = ["coder", "far"]\nchairman = "coder"\n']
+        panels += ['[models.two]\nkind = "council"\nmembers = ["coder", "coder"]\nchairman = "coder"\n']
+        panels += ['[models.outer]\nkind = "council"\nmembers = ["coder", "both"]\nchairman = "coder"\n']
+        panels += ['[models.told]\nkind = "council"\nmembers = ["coder", "coder"]\nchairman = "far"\n']
+        panels += ['[models.up]\nkind = "cascade"\nmembers = ["coder", "far"]\n']
+        far = self.backend.url.replace("127.0.0.1", "localhost")
+        panels += [f'[backends.cloud]\nkind = "ollama"\nurl = "{far}"\n']
+        panels += ['[models.far]\nbackend = "cloud"\nmodel = "gemma3:1b"\n']
+        self.daemon.use(SERVER.format(url=self.backend.url, key=KEY) + MODELS + "".join(panels))
+        self.enterContext(mock.patch.object(telemetry, "is_local", lambda host: host != "localhost"))
+        rows = (("coder", True), ("far", False), ("both", False), ("two", True), ("outer", False), ("told", False))
+        for stream in (False, True):
+            for name, local in (*rows, ("up", True)):
+                with self.subTest(name, stream=stream):
+                    self.ask(chat(name, stream=stream))
+                    line = self.line()
+                    self.assert_says(line, status=200, local=local)
+                    self.assertEqual(local, line["saved_usd"] > 0)
+        self.backend.fail("qwen3-coder:30b", BROKEN)
+        self.ask(chat("up"))
+        self.assert_says(self.line(), status=200, local=False, saved_usd=0)
+
     def test_questions_about_models(self) -> None:
         """They have their line, too; GET /health and GET /metrics, asked again and again, have none."""
         for path in ("/v1/models", "/v1/models/nine", "/health", "/metrics", "/v1/models/none"):
@@ -302,10 +332,53 @@ class Refused(LogCase):
         self.assertGreater(line["ttft_s"], 0)
 
     def test_a_request_that_does_not_come_in(self) -> None:
-        """408 is no request yet that could be written down: the connection is closed, and that is all."""
+        """Too slow in its head or its body: 408 with what is known of it, and how long it was waited for."""
+        half = f"POST {CHAT} HTTP/1.1\r\nHost: "
+        whole = f"{half}127.0.0.1\r\nUser-Agent: slow/1\r\nContent-Length: 99\r\n\r\n{{"
+        rows = [(half, None, None, 4), (whole, "slow/1", CHAT, 4)]
+        rows.append((whole.replace("slow/1", "x\r\nX-Portway-Client: ask"), "ask", CHAT, 1))
+        rows.append(
+            (whole.replace("127.0.0.1", "evil.example"), "slow/1", CHAT, 4)
+        )  # its body is waited for all the same
+        for text, client, endpoint, code in rows:
+            with self.subTest(text), self.daemon.client() as slow:
+                slow.send(text.encode())
+                self.assertEqual(408, slow.response().status)
+                line = self.line()
+                self.assert_says(line, client=client, endpoint=endpoint, status=408, error="request_timeout")
+                self.assert_says(line, exit_code=code, model=None, cancelled_in=None, overhead_ms=None)
+                self.assertGreaterEqual(line["latency_s"], 0.2)
+
+    def test_the_time_of_a_request_begins_with_its_first_byte(self) -> None:
+        """However little was left of the connection's idle time then."""
+        server = SERVER.replace("header_timeout = 0.2", "header_timeout = 0.4\nidle_timeout = 0.3")
+        self.daemon.use(server.format(key=KEY, url=self.backend.url) + MODELS)
+        for ask_first in (False, True):
+            with self.subTest(ask_first=ask_first), self.daemon.client() as slow:
+                if ask_first:
+                    self.assertEqual(200, slow.call("GET", "/health").status)
+                slow.send(b"GET /v1/mod")
+                began = time.monotonic()
+                self.assertEqual(408, slow.response().status)
+                self.assertGreaterEqual(time.monotonic() - began, 0.4)
+                self.assertLessEqual(self.line()["latency_s"], time.monotonic() - began + 0.1)
+
+    def test_what_is_no_http(self) -> None:
+        """Refused with a line, though nothing is known of it; so is a body that is not what its head says."""
         with self.daemon.client() as client:
-            client.send(b"POST /v1/chat/completions HTTP/1.1\r\nHost: ")
-            self.assertEqual(408, client.response().status)
+            client.send(b"hello, is this " + SECRET.encode() + b"?\r\n\r\n")
+            self.assertEqual(400, client.response().status)
+        self.assert_says(self.line(), status=400, error="bad_http", exit_code=4, endpoint=None, client=None)
+        with self.daemon.client() as client:
+            client.send(f"POST {CHAT} HTTP/1.1\r\nHost: 127.0.0.1\r\nTransfer-Encoding: chunked\r\n\r\nx\r\n".encode())
+            self.assertEqual(400, client.response().status)
+        self.assert_says(self.line(), status=400, error="bad_http", endpoint=CHAT)
+
+    def test_a_connection_without_a_request(self) -> None:
+        """Nothing was asked, so there is nothing to write down."""
+        with self.daemon.client() as client:
+            wait_for(lambda: bool(self.daemon.idle), "the connection")
+            client.send(b"\r\n")
         self.ask(chat())
         self.assert_says(self.line(), status=200)
 
@@ -327,6 +400,21 @@ class Cancelled(LogCase):
             line = self.cancel(chat(stream=stream), "hang")
             self.assert_says(line, cancelled_in="prompt", status=499, exit_code=4, error=None, served_by=None)
             self.assertTrue(self.backend.wait_for(lambda backend: any(each.left for each in backend.requests)))
+
+    def test_while_it_sent_its_request(self) -> None:
+        """In the middle of its head or its body, whether the daemon was reading or had parked it."""
+        self.daemon.use(PATIENT.format(url=self.backend.url, key=KEY) + MODELS)
+        head = f"POST {CHAT} HTTP/1.1\r\nHost: 127.0.0.1\r\n"
+        rows = [(head, None), (f"{head}Content-Length: 99\r\n\r\n{{", CHAT)]
+        rows += [(f"{text.replace('99', '98')}", endpoint) for text, endpoint in rows]
+        for number, (text, endpoint) in enumerate(rows):
+            with self.subTest(text):
+                with self.daemon.client() as client:
+                    client.send(text.encode())
+                    if number > 1:
+                        wait_for(lambda: any(each.began for each in self.daemon.idle), "its parking")
+                line = self.line()
+                self.assert_says(line, cancelled_in="request", status=499, exit_code=4, error=None, endpoint=endpoint)
 
     def test_in_the_middle_of_it(self) -> None:
         """A stream keeps the status that it has sent; a plain answer has sent none."""
@@ -362,6 +450,38 @@ class Cancelled(LogCase):
             self.daemon.use(chain(target.url, rest=f'[server]\napi_keys = ["{KEY}"]\n'))
             self.client.request("POST", CHAT, chat("first", stream=True), {"Authorization": f"Bearer {KEY}"})
             self.assert_says(self.line(), cancelled_in="stalled", status=200, exit_code=4)
+
+
+class Ended(LogCase):
+    """What Portway itself ends."""
+
+    def test_half_a_request_when_the_daemon_stops(self) -> None:
+        """It is told, and written down."""
+        with self.daemon.client() as client:
+            self.daemon.use(PATIENT.format(url=self.backend.url, key=KEY) + MODELS)
+            client.send(f"POST {CHAT} HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Length: 99\r\n\r\n{{".encode())
+            wait_for(lambda: any(each.began for each in self.daemon.idle), "its parking")
+            self.daemon.stop()
+            answer = client.response()
+            self.assertEqual((503, "stopping"), (answer.status, answer.json["error"]["code"]))
+        self.assert_says(self.line(), status=503, error="stopping", exit_code=5, endpoint=CHAT)
+
+    def test_half_a_request_that_makes_room(self) -> None:
+        """When there are more connections than there may be."""
+        server = PATIENT.format(url=self.backend.url, key=KEY).replace("[server]", "[server]\nmax_connections = 3")
+        with Daemon(server + MODELS, log=self.log) as daemon, daemon.client() as client, ExitStack() as others:
+            self.enterContext(mock.patch.object(proxy, "FRESH", 0.0))
+            for slow in (client, *(others.enter_context(daemon.client()) for _ in range(2))):
+                begun = len([each for each in daemon.idle if each.began])
+                slow.send(b"POST ")
+                wait_for(partial(self.has_more_than, daemon, begun), "its coming")
+            self.assertEqual(200, others.enter_context(daemon.client()).call("GET", "/health").status)
+            self.assertEqual(408, client.response().status)
+        self.assert_says(self.lines(3)[0], status=408, error="request_timeout", exit_code=4)
+
+    @staticmethod
+    def has_more_than(daemon: Daemon, count: int) -> bool:
+        return len([each for each in daemon.idle if each.began]) > count
 
 
 class AsksExitCodes(LogCase):

@@ -1,12 +1,22 @@
 """metrics.py: the page as Prometheus' own parser reads it."""
 
 import math
+import re
+import shutil
+import subprocess
 import threading
 import unittest
 from typing import Any
 
+from portway import __version__
 from portway.metrics import LATENCY, Metrics, Reading
+from portway.standin.server import StandIn
 from portway.telemetry import Record
+from tests.cached import ASKED
+from tests.daemon import ROOT, Daemon
+from tests.doubles import RawClient
+from tests.llama_server import wait_for
+from tests.targets import CHAT
 
 try:
     from prometheus_client.parser import text_string_to_metric_families
@@ -55,6 +65,15 @@ class Page(unittest.TestCase):
         }
         self.assertEqual(found, expected)
 
+    def test_asks_exit_codes_are_not_http_classes(self):
+        """Its 2 is a 404, its 4 a backend's failure, its 130 a client that left."""
+        metrics = Metrics(["m"])
+        rows = ((404, 2, None), (502, 4, None), (502, 1, None), (200, 130, "answer"), (200, 0, None))
+        for status, code, left in rows:
+            metrics.observe(a_record(model="m", status=status, exit_code=code, cancelled_in=left))
+        found = {text.split('status="')[1][:3]: value for text, value in samples(metrics).items() if "status=" in text}
+        self.assertEqual({"4xx": 1, "5xx": 2, "can": 1, "2xx": 1}, found)
+
     def test_histograms_are_cumulative_and_bounds_inclusive(self):
         """A value on a bound is within it; what is beyond all is in +Inf alone."""
         metrics = Metrics(["m"])
@@ -78,6 +97,8 @@ class Page(unittest.TestCase):
         self.assertEqual(found['portway_time_to_first_token_seconds_sum{model="m"}'], 0.5)
         self.assertEqual(found['portway_overhead_seconds_count{model="m"}'], 1)
         self.assertAlmostEqual(found['portway_overhead_seconds_sum{model="m"}'], 0.0005)
+        metrics.observe(a_record(model="m", waited=9.0))  # by two clocks a wait may seem longer than the whole
+        self.assertAlmostEqual(samples(metrics)['portway_overhead_seconds_sum{model="m"}'], 0.0005)
         self.assertEqual(found['portway_request_duration_seconds_count{model="other"}'], 0)
         self.assertEqual(found['portway_tokens_total{model="m",kind="prompt"}'], 3)
         self.assertEqual(found['portway_tokens_total{model="m",kind="completion"}'], 5)
@@ -87,7 +108,9 @@ class Page(unittest.TestCase):
         queue = [3]
         readings = [
             Reading("queued_requests", "Waiting.", lambda: queue[0]),
-            Reading("loaded_model", "Loaded.", lambda: {"fast-9b": 1, 'a"b\\c\nd': 0}),
+            Reading(
+                "loaded_model", "Loaded.", lambda: {("a", "fast-9b"): 1, ("b", 'a"b\\c\nd'): 0}, ("backend", "model")
+            ),
             Reading("log_dropped_lines_total", "Lost.", lambda: math.inf, kind="counter"),
         ]
         metrics = Metrics([], readings)
@@ -95,7 +118,7 @@ class Page(unittest.TestCase):
         queue[0] = 4
         page = metrics.render().decode()
         self.assertIn("\nportway_queued_requests 4\n", page)
-        self.assertIn('\nportway_loaded_model{model="a\\"b\\\\c\\nd"} 0\n', page)
+        self.assertIn('\nportway_loaded_model{backend="b",model="a\\"b\\\\c\\nd"} 0\n', page)
         self.assertIn("\nportway_log_dropped_lines_total +Inf\n", page)
 
     def test_another_configuration(self):
@@ -163,6 +186,86 @@ class Parsed(unittest.TestCase):
             self.assertEqual(buckets, sorted(buckets))
             self.assertEqual(buckets[-1], 1)
             self.assertEqual([each.value for each in found if each.name.endswith("_count")], [1])
+
+
+class OfADaemon(unittest.TestCase):
+    """The page as Prometheus gets it."""
+
+    MEMORY = '[memory]\nbudget = "40GB"\n'
+
+    def setUp(self) -> None:
+        self.backend = self.enterContext(StandIn())
+        toml = f'{self.MEMORY}[backends.box]\nkind = "ollama"\nurl = "{self.backend.url}"\nmax_parallel = 1\n'
+        toml += f'[backends.idle]\nkind = "ollama"\nurl = "{self.backend.url}/"\n'
+        self.daemon = self.enterContext(
+            Daemon(f'{toml}[models.three]\nbackend = "box"\nmodel = "llama3.2:3b"\nnum_ctx = 4096\n')
+        )
+        self.client = self.enterContext(self.daemon.client())
+
+    def ask(self, client: RawClient) -> None:
+        client.request("POST", CHAT, {"model": "three", "messages": [{"role": "user", "content": "Hello"}]})
+
+    def page(self) -> str:
+        response = self.client.call("GET", "/metrics")
+        self.assertEqual("text/plain; version=0.0.4; charset=utf-8", response.header("content-type"))
+        return response.body.decode()
+
+    def value(self, sample: str) -> float | None:
+        values = [line.rsplit(" ", 1)[1] for line in self.page().splitlines() if line.rsplit(" ", 1)[0] == sample]
+        return float(values[0]) if values else None
+
+    def test_what_is_loaded_and_what_waits(self) -> None:
+        """Each model with its backend and its bytes; the requests that wait for a backend; the rest of the numbers."""
+        self.backend.fail("/api/chat", "hang")
+        with self.daemon.client() as first, self.daemon.client() as second:
+            self.ask(first)
+            self.assertTrue(
+                self.backend.wait_for(lambda _: any(each.phase == "hang" for each in self.backend.requests))
+            )
+            self.ask(second)
+            wait_for(lambda: self.value('portway_backend_queue{backend="box"}') == 1, "its waiting")
+            self.assertEqual(0, self.value('portway_backend_queue{backend="idle"}'))
+            self.assertEqual(3, self.value("portway_in_flight"))
+            self.assertEqual(3, self.value("portway_connections"))
+            self.backend.release()
+            for client in (first, second):
+                self.assertEqual(200, client.response().status)
+        loaded = 'portway_loaded_model_bytes{backend="box",model="llama3.2:3b"}'
+        wait_for(lambda: (self.value(loaded) or 0) >= 2e9, "its size", self.page)
+        counted = 'portway_requests_total{model="three",status="2xx",cache="none",demoted="false"}'
+        wait_for(lambda: self.value(counted) == 2, "their being counted")
+        self.assertEqual(1, self.value(f'portway_build_info{{version="{__version__}"}}'))
+        self.assertGreater(self.value("portway_start_time_seconds") or 0, 1.7e9)
+
+    def test_scraping_wakes_no_model(self) -> None:
+        """Neither one that is loaded nor one that is not."""
+        for asked in (0, 1):
+            for _ in range(20):
+                self.page()
+            waking = [each.path for each in self.backend.requests if each.path in ASKED]
+            self.assertEqual(["/api/chat"] * asked, waking)
+            self.ask(self.client)
+            self.client.response()
+
+    @unittest.skipIf(shutil.which("promtool") is None, "promtool is not installed")
+    def test_promtool_finds_nothing_to_blame(self) -> None:
+        """Prometheus' own linter, with every metric there."""
+        self.ask(self.client)
+        self.client.response()
+        checked = subprocess.run(
+            ["promtool", "check", "metrics"], input=self.page(), capture_output=True, encoding="utf-8", check=False
+        )
+        self.assertEqual((0, "", ""), (checked.returncode, checked.stdout, checked.stderr))
+
+    def test_the_reference_names_every_metric(self) -> None:
+        """And no other."""
+        names = {line.split()[2] for line in self.page().splitlines() if line.startswith("# TYPE ")}
+        self.assertEqual(names, documented_metrics())
+
+
+def documented_metrics() -> set[str]:
+    text = (ROOT / "docs" / "reference.md").read_text("utf-8").split("\n## Metrics\n")[1].split("\n## ")[0]
+    return set(re.findall(r"`(portway_[a-z_]+)", text))
 
 
 if __name__ == "__main__":

@@ -61,8 +61,10 @@ class CloneTest(unittest.TestCase):
         """Portway and its scripts import nothing that does not come with Python."""
         known = sys.stdlib_module_names | {"portway", "scripts"}
         for path in (*MODULES, *(ROOT / "scripts").rglob("*.py")):
+            # torture.py plays with a real llama-server where there is one, which the tests know to find
+            own = {"tests"} if path.parent.name == "torture_rows" else set()
             with self.subTest(path=path.name):
-                self.assertEqual(set(), set(imported(path)) - known)
+                self.assertEqual(set(), set(imported(path)) - known - own)
 
 
 def imported(path: Path) -> Iterator[str]:

@@ -112,6 +112,32 @@ class ReadTest(unittest.TestCase):
                         read_call("chat", raw.encode(), CONFIG)
                     self.assertEqual("remote_image", caught.exception.code)
 
+    def test_addresses_elsewhere(self):
+        """In an embedding's input or messages, inside a tool's result, in a part of a kind that is not known."""
+        part = {"type": "image_url", "image_url": {"url": "http://10.0.0.1/x"}}
+        unknown = {"type": "picture", "source": {"type": "url", "url": "file:///etc/passwd"}}
+        bodies: tuple[tuple[Endpoint, dict[str, Any]], ...] = (
+            ("embeddings", {"input": "x", "messages": [{"role": "user", "content": [part]}]}),
+            ("embeddings", {"input": [part]}),
+            ("embeddings", {"input": [{"content": [part]}]}),
+            ("completions", {"prompt": [part]}),
+            ("chat", {"messages": [{"role": "tool", "content": [{"type": "tool_result", "content": [part]}]}]}),
+            ("chat", {"messages": [{"role": "user", "content": [unknown]}]}),
+            ("chat", {"messages": [{"role": "user", "content": part}]}),
+        )
+        for endpoint, body in bodies:
+            with self.subTest(body=body), self.assertRaises(ClientError) as caught:
+                read_call(endpoint, json.dumps({"model": "fast-9b", **body}).encode(), CONFIG)
+            self.assertEqual("remote_image", caught.exception.code)
+
+    def test_addresses_that_nobody_fetches(self):
+        """A tool's arguments and an answer's citations are what they are about."""
+        cited = [{"type": "url_citation", "url_citation": {"url": "https://x"}}]
+        call = {"id": "1", "type": "function", "function": {"name": "get", "arguments": {"url": "https://x"}}}
+        read(messages=[*HI, {"role": "assistant", "content": "x", "annotations": cited, "tool_calls": [call]}])
+        read(messages=[*HI, {"role": "assistant", "content": [{"type": "text", "text": "x", "annotations": cited}]}])
+        read(messages=HI, tools=[{"type": "function", "function": {"name": "f", "parameters": {"url": "https://x"}}}])
+
     def test_data_urls(self):
         """The image itself may be sent; an address in a text is only text."""
         for url in ("data:image/png;base64,AA==", "DATA:image/png;base64,AA=="):

@@ -10,11 +10,13 @@ import time
 import unittest
 import urllib.request
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any, ClassVar
+from unittest import mock
 
 from portway import config
 from portway.backends.ollama import OllamaBackend
-from portway.call import Call, Limits
+from portway.call import Call, Limits, finish
 from portway.call import Served as Answered
 from portway.errors import BackendError, ClientError, ClientGone
 from portway.memory import api as residency_api
@@ -37,11 +39,13 @@ from portway.memory.arbiter import (
     Shape,
     Wish,
 )
-from portway.memory.residency import Place, Residency, budget_of
+from portway.memory.budget import budget_of
+from portway.memory.residency import Place, Residency
 from portway.routing import Cooling, Router
 from portway.standin.server import Memory, StandIn, StandInModel
 from portway.watch import ClientWatch, NoClient
 from portway.wire.events import dumps
+from tests.blocking import close, pieces
 from tests.llama_server import wait_for
 
 GB = 1024**3
@@ -211,6 +215,44 @@ class RulesTest(Rules):
         self.assertIsNone(self.enter(self.wish("young", 4)))
         self.assertEqual({"idle": LOADED, "a": LOADED}, self.statuses())
 
+    def test_the_room_that_is_being_made(self) -> None:
+        """Nobody takes it who asked later, not even a small one that would fit beside what is still there."""
+        busy = self.wish("a", 6)
+        self.enter(busy)
+        self.ledger.began(busy, 0.0)
+        old, small = self.wish("old", 9.5), self.wish("small", 0.8)
+        self.assertEqual([None, None], [self.enter(old), self.enter(small)])
+        self.ledger.release(busy, 1.0)
+        [(wish, action)] = self.ledger.turn(1.0)
+        self.assertIs(old, wish)
+        self.assertEqual(["a"], self.victims(action))
+        self.assertEqual([], self.ledger.turn(1.0))
+
+    def test_what_another_client_loads(self) -> None:
+        """It is not unloaded before it is there, however small it is."""
+        self.ledger.merge("one", [Seen("theirs", GB // 2, loading=True)], 0.0, 0.0)
+        wish = self.wish("a", 9.8)
+        self.assertIsNone(self.enter(wish))
+        self.assertEqual("theirs to be idle", wish.why)
+
+    def test_what_another_client_failed_to_load(self) -> None:
+        """It is forgotten, and keeps nobody from loading any longer."""
+        self.ledger.merge("one", [Seen("theirs", 6 * GB, loading=True)], 0.0, 0.0)
+        wish = self.wish("a", 3)
+        self.assertIsNone(self.enter(wish))
+        self.assertEqual("another load's end", wish.why)
+        self.ledger.merge("one", [], 1.0, 1.0)
+        self.assertEqual({}, self.statuses())
+        self.assertEqual([(wish, Go(load=True))], self.ledger.turn(1.0))
+
+    def test_the_short_way(self) -> None:
+        """Whoever finds its model there goes at once; but not past those that wait."""
+        self.loaded("a", 4)
+        self.assertTrue(self.ledger.take(self.wish("a", 4), 0.0))
+        self.loaded("c", 1)
+        self.assertIsNone(self.enter(self.wish("b", 9)))
+        self.assertFalse(self.ledger.take(self.wish("c", 1), 0.0))
+
     def test_what_is_leaving_anyway(self) -> None:
         """Nothing more is unloaded if what is on its way out makes room enough."""
         leaver = self.loaded("leaver", 6)
@@ -299,6 +341,18 @@ class RulesTest(Rules):
         self.ledger.merge("one", [], 8.5, 8.5)
         self.assertEqual({}, self.statuses())
 
+    def test_a_load_that_was_given_up_and_is_asked_for_again(self) -> None:
+        """It need not wait for its own doubtful rest."""
+        self.ledger.min_stay = 60.0
+        wish = self.wish("a", 6, at=5.0)
+        self.enter(wish)
+        self.ledger.began(wish, 5.0)
+        self.ledger.release(wish, 5.0)
+        resident = self.ledger.residents[wish.runner]
+        self.ledger.leaving(resident)
+        self.ledger.stayed(resident, 11.0, 6.0)
+        self.assertEqual(Go(load=True), self.enter(self.wish("a", 6, at=7.0)))
+
     def test_what_could_not_be_unloaded(self) -> None:
         """It is left alone for a while, and something else goes."""
         self.loaded("a", 4, keep_alive=1.0)
@@ -308,6 +362,44 @@ class RulesTest(Rules):
         self.ledger.stayed(self.ledger.residents[Runner("one", "a")], 5.0, 0.0)
         self.ledger.cleared(wish)
         self.assertEqual(["b"], self.victims(dict(self.ledger.turn(0.1))[wish]))
+
+    def test_surplus(self) -> None:
+        """Where a budget that was set is exceeded, idle models of ours go: no others, none too early, and no more
+        than needed; never where the budget follows the machine."""
+        self.ledger.min_stay = 10.0
+        first, second = self.loaded("a", 4, keep_alive=1.0), self.loaded("b", 4, keep_alive=2.0, backend="two")
+        self.ledger.merge("one", [Seen("a", 7 * GB, 2048)], 1.0, 1.0)
+        self.assertEqual((), self.ledger.surplus(9.0))
+        self.assertEqual(["a"], [r.runner.name for r in self.ledger.surplus(10.0)])
+        using = self.wish("a", 4, at=10.0)
+        self.assertEqual(Go(load=False), self.enter(using))
+        self.assertEqual(["b"], [r.runner.name for r in self.ledger.surplus(10.0)])
+        self.ledger.residents[second.runner].ours = False
+        self.assertEqual((), self.ledger.surplus(10.0))
+        self.ledger.release(using, 11.0)
+        self.ledger.budget = Budget(10 * GB, 10 * GB)
+        self.assertEqual((), self.ledger.surplus(11.0))
+        self.ledger.budget = Budget(11 * GB, 11 * GB, firm=True)
+        self.assertEqual((), self.ledger.surplus(11.0))
+        self.ledger.budget = Budget(10 * GB, 10 * GB, firm=True)
+        self.assertEqual(1, len(self.ledger.surplus(11.0)))
+        waits = self.wish("c", 9, at=11.0)
+        self.ledger.waiting.append(waits)  # it makes its own room
+        self.assertEqual((), self.ledger.surplus(11.0))
+        self.ledger.leave(waits)
+        self.ledger.leaving(self.ledger.residents[first.runner])
+        self.assertEqual((), self.ledger.surplus(11.0))
+
+    def test_what_another_client_loaded_and_we_use(self) -> None:
+        """By then it has the shape that we asked for: its server loads it anew where that differs."""
+        self.ledger.merge("one", [Seen("a", 3 * GB, 2048)], 0.0, 0.0)
+        resident = self.ledger.residents[Runner("one", "a")]
+        self.assertEqual((Shape(2048), False), (resident.shape, resident.is_weighed))
+        wish = self.wish("a", 1, num_ctx=None)
+        self.enter(wish)
+        self.assertFalse(resident.is_weighed)
+        self.ledger.began(wish, 1.0)
+        self.assertEqual((Shape(2048, ()), True), (resident.shape, resident.is_weighed))
 
     def test_expired(self) -> None:
         """What its server has dropped by now is not taken for loaded without a look."""
@@ -367,7 +459,8 @@ class Served(unittest.TestCase):
     def place(self, name: str, watch: Any = None, seconds: float = SOON, others: tuple[str, ...] = ()) -> Any:
         models = self.config.models
         until = time.monotonic() + seconds
-        return self.residency.place(models[name], watch or NoClient(), until, [models[other] for other in others])
+        chain = [models[other] for other in others]
+        return finish(self.residency.place(models[name], watch or NoClient(), until, chain))
 
     def ask(self, name: str, watch: Any = None, *, load: bool = False) -> bytes:
         """A whole streamed answer, by way of a place. load: no question, the model is only loaded."""
@@ -379,13 +472,13 @@ class Served(unittest.TestCase):
         until = time.monotonic() + SOON
         backend = OllamaBackend(target.backend)
         self.addCleanup(backend.close)
-        with self.residency.place(target, watch or NoClient(), until) as place:
+        with finish(self.residency.place(target, watch or NoClient(), until)) as place:
             limits = Limits(SOON, SOON, SOON, SOON, until, until)
-            answer = place.hold(backend.open(call, target, limits, watch or NoClient()))
+            answer = place.hold(finish(backend.open(call, target, limits, watch or NoClient())))
             try:
-                return b"".join(answer.pieces())
+                return b"".join(pieces(answer))
             finally:
-                answer.close()
+                close(answer)
 
     def refused(self, reason: str, name: str, **more: Any) -> BackendError:
         with self.assertRaises(BackendError) as caught, self.place(name, **more):
@@ -452,7 +545,11 @@ class ThreadsTest(Served):
         beaten = threading.Event()
         ours, _theirs = self.pair()
         watch = ClientWatch(ours, lambda: True)
-        watch.begin(0.001, beaten.set)
+
+        async def beat() -> None:
+            beaten.set()
+
+        watch.begin(0.001, beat)
         with self.place("a"):
             self.residency.load(self.config.models["a"], NoClient(), time.monotonic() + SOON)
             waiting = self.in_thread("c", watch)
@@ -552,7 +649,19 @@ class ThreadsTest(Served):
         self.residency._hearing["one"].looked_at = -math.inf
         self.residency.refresh(NoClient())
         measured = self.residency._seats["a"]
-        self.assertEqual((Need(6 * GB, 6 * GB, "6.0 GB"), True), (measured.need, measured.measured))
+        self.assertEqual((Need(6 * GB, 6 * GB, "6.0 GB, as measured"), True), (measured.need, measured.measured))
+
+    def test_measured_of_another_client(self) -> None:
+        """Also what another client had loaded is measured once we have used it."""
+        theirs = Residency(self.config, read=memory.Reading)
+        self.addCleanup(theirs.stop)
+        theirs.load(self.config.models["a"], NoClient(), time.monotonic() + SOON)
+        self.residency.refresh(NoClient())
+        self.assertFalse(self.residency._seats["a"].measured)
+        self.ask("a")
+        self.settle()
+        self.residency.check()
+        self.assertTrue(self.residency._seats["a"].measured)
 
     def test_a_server_that_is_away(self) -> None:
         """Requests go on as without an arbiter, what it had is forgotten, and it is told."""
@@ -582,6 +691,57 @@ class ThreadsTest(Served):
         self.assertEqual({"a"}, self.in_memory())
         self.assertEqual(0, self.memory.stats().overcommits)
 
+    def test_a_server_that_has_just_gone(self) -> None:
+        """What is to be unloaded there is gone with it; nobody waits for that."""
+        self.ask("a")
+        self.settle()
+        self.standins["one"].stop()
+        for hearing in self.residency._hearing.values():
+            hearing.looked_at = time.monotonic()  # it is not looked at before
+        with self.place("c", seconds=2.0) as place:
+            self.assertTrue(place.wish.loads)
+
+    def test_a_server_that_fails_is_not_asked_at_once_again(self) -> None:
+        """It would cost each load the time of that question."""
+        self.standins["one"].fail("/api/ps", "500", times=None)
+        for _ in range(3):
+            self.residency.refresh(NoClient())
+        self.assertEqual(1, self.paths("one").count("/api/ps"))
+
+    def test_a_backend_that_goes_while_it_is_asked(self) -> None:
+        """What is no longer configured leaves nothing behind."""
+        engine, look = self.residency._engines["one"], self.residency._engines["one"].look
+        now = self.config
+        left = replace(now, backends={"two": now.backends["two"]}, models={"c": now.models["c"]})
+
+        def then(*words: Any) -> Any:
+            seen = look(*words)
+            self.residency.adopt(left)
+            return seen
+
+        self.ask("a")
+        self.settle()
+        self.residency._hearing["one"].looked_at = -math.inf
+        with mock.patch.object(engine, "look", then):
+            self.residency.refresh(NoClient())
+        self.assertEqual({}, self.known())
+
+    def test_what_it_has_is_listed_once(self) -> None:
+        """Which weights a name stands for is asked for once, and not at each look."""
+        for _ in range(3):
+            self.residency._hearing["one"].looked_at = -math.inf
+            self.residency.refresh(NoClient())
+        self.assertEqual((1, 3), tuple(map(self.paths("one").count, ("/api/tags", "/api/ps"))))
+
+    def test_a_server_that_does_not_answer(self) -> None:
+        """A request waits only a moment for what it has loaded, and goes on."""
+        self.standins["one"].fail("/api/ps", "hang", times=None)
+        with mock.patch("portway.memory.residency.GLANCE", 0.05):
+            started = time.monotonic()
+            with self.place("c"):
+                self.assertLess(time.monotonic() - started, 2.0)
+        self.standins["one"].release()
+
     def test_reload(self) -> None:
         """What is loaded stays known under a new configuration, but behind a server that has moved."""
         self.ask("b")
@@ -595,7 +755,7 @@ class ThreadsTest(Served):
         """memory.enabled = false: nothing is asked, nothing waits."""
         off = Residency(config.parse(self.toml("enabled = false\n"), "models.toml", {}), read=memory.Reading)
         self.addCleanup(off.stop)
-        place = off.place(self.config.models["giant"], NoClient(), 0.0)
+        place = finish(off.place(self.config.models["giant"], NoClient(), 0.0))
         self.assertNotIsInstance(place, Place)
         self.assertEqual([], self.paths("two"))
         self.assertEqual("off", residency_api.health(off)["budget"])
@@ -627,7 +787,7 @@ class TightTest(Served):
         self.addCleanup(residency.stop)
         residency.refresh(NoClient())
         self.assertEqual(8 * GB, residency.snapshot().budget.now)
-        place = residency.place(auto.models["a"], NoClient(), time.monotonic() + SOON)
+        place = finish(residency.place(auto.models["a"], NoClient(), time.monotonic() + SOON))
         readings.append(memory.Reading(24 * GB, 9 * GB))
         residency.refresh(NoClient())
         self.assertEqual(8 * GB, residency.snapshot().budget.now)
@@ -646,9 +806,9 @@ class Then(NoClient):
         self._error = error
         self._happened = False
 
-    def readable(self, sock: socket.socket, until: float) -> bool:
+    async def readable(self, sock: socket.socket, until: float) -> bool:
         if self._happened:
-            return super().readable(sock, until)
+            return await super().readable(sock, until)
         self._happened = True
         self._happens()
         if self._error is not None:
@@ -712,6 +872,17 @@ class WarmTest(Served):
         error = self.refused("cold", "a", others=("c", "b"))
         self.assertIn("c is loaded", error.message)
 
+    def test_its_share_of_the_time(self) -> None:
+        """What takes longer than this attempt's share takes too long, whatever first_token says."""
+        self.residency.refresh(NoClient())
+        a = self.config.models["a"]
+        self.residency._measured.time(a.backend.url, self.residency._seats["a"].runner.name, 3.0)
+        self.ask("c")
+        self.settle()
+        self.refused("cold", "a", seconds=2.0, others=("c",))
+        with self.place("a", seconds=4.0, others=("c",)) as place:
+            self.assertTrue(place.wish.loads)
+
     def test_nobody_is_warm(self) -> None:
         """Then it is loaded after all; and it is warm from then on."""
         with self.place("a", others=("c", "b")) as place:
@@ -723,42 +894,45 @@ class WarmTest(Served):
     def test_a_load_that_was_measured(self) -> None:
         """What took a moment the last time is loaded, whatever is warm."""
         self.residency.refresh(NoClient())
-        self.residency._load_times[self.residency._seats["a"].runner] = 1.0
+        a = self.config.models["a"]
+        self.residency._measured.time(a.backend.url, self.residency._seats["a"].runner.name, 1.0)
         self.ask("c")
         with self.place("a", others=("c",)) as place:
             self.assertTrue(place.wish.loads)
 
 
-class RouterTest(Served):
+class Routed(Served):
     """The router takes a place for each attempt."""
-
-    models: ClassVar = {
-        "giant": 'fallback = ["a"]',
-        "a": 'prefer_warm = true\nfallback = ["c"]\ntimeouts = { first_token = 5 }',
-    }
 
     def serve(self, name: str) -> Answered:
         backends = {name: OllamaBackend(backend) for name, backend in self.config.backends.items()}
         for backend in backends.values():
             self.addCleanup(backend.close)
         router = Router(self.config, backends, Cooling(self.config.cooldown), place=self.residency.place)
-        return router.serve(chat(self.config.models[name]), NoClient())
+        return finish(router.serve(chat(self.config.models[name]), NoClient()))
 
     def attempts(self, served: Answered) -> list[tuple[str, str]]:
         return [(attempt.model, attempt.reason) for attempt in served.attempts]
+
+
+class RouterTest(Routed):
+    models: ClassVar = {
+        "giant": 'fallback = ["a"]',
+        "a": 'prefer_warm = true\nfallback = ["c"]\ntimeouts = { first_token = 5 }',
+    }
 
     def test_it_falls_back(self) -> None:
         """What can't fit is skipped at once, and the next one answers."""
         served = self.serve("giant")
         self.assertEqual([("giant", "does_not_fit"), ("a", "ok")], self.attempts(served))
-        served.answer.close()
+        close(served.answer)
 
     def test_a_warm_one(self) -> None:
         """The attempts say that the one that was asked for was cold."""
         self.ask("c")
         served = self.serve("a")
         self.assertEqual([("a", "cold"), ("c", "ok")], self.attempts(served))
-        served.answer.close()
+        close(served.answer)
 
     def test_a_stream_holds_its_place(self) -> None:
         """A model is in use until its answer has been closed, and not only until it begins."""
@@ -766,7 +940,26 @@ class RouterTest(Served):
         waiting = self.in_thread("c")
         self.await_waiting(1)
         self.assertEqual({"b"}, self.in_memory())
-        served.answer.close()
+        close(served.answer)
+        self.assertIn(b"[DONE]", waiting.outcome())
+
+
+class FullTest(Routed):
+    """A backend whose queue is full, in a chain, where there is memory for all."""
+
+    memory_options = 'budget = "40GB"\n'
+    backends: ClassVar = {"one": "max_parallel = 1\nmax_queue = 1"}
+    models: ClassVar = {"b": 'fallback = ["c"]'}
+
+    def test_it_goes_down_the_chain(self) -> None:
+        """Whoever would wait behind too many is served by the next member, and what was tried says so."""
+        with self.place("b") as place:
+            place.began()
+            waiting = self.in_thread("b")
+            self.await_waiting(1)
+            served = self.serve("b")
+            self.assertEqual([("b", "queue_full"), ("c", "ok")], self.attempts(served))
+            finish(served.answer.close())
         self.assertIn(b"[DONE]", waiting.outcome())
 
 

@@ -15,11 +15,13 @@ from typing import Any, ClassVar
 
 from portway import config
 from portway.commands import residency as residency_cli
-from portway.errors import BackendError, ClientError
+from portway.errors import ClientError, PortwayError
 from portway.memory import api as residency_api
+from portway.memory import machine as memory
 from portway.memory.arbiter import Shape
 from portway.memory.residency import Residency
 from portway.memory.resident import Known, shape_of
+from portway.standin.server import StandInModel
 from portway.watch import NoClient
 from tests.llama_server import wait_for
 from tests.test_residency import GB, SOON, Served, post
@@ -62,6 +64,17 @@ class PolicyTest(Served):
                 self.check()
                 self.assertNotIn("/api/chat", self.paths(backend)[before:])
         self.assertEqual(0, self.memory.stats().reloads)
+
+    def test_while_it_is_used(self) -> None:
+        """Its keep_alive counts from the end of its use, so until then nothing is to be corrected."""
+        self.ask("a")
+        self.told("one", "a", "24h")
+        with self.place("a"):
+            before = len(self.paths("one"))
+            self.check()
+            self.assertNotIn("/api/chat", self.paths("one")[before:])
+        self.check()
+        self.assertIn("/api/chat", self.paths("one")[before:])
 
     def test_about_to_go(self) -> None:
         """One that is about to go is let go: by the time it is told, it might have to be loaded again."""
@@ -128,6 +141,32 @@ class PolicyTest(Served):
         self.assertEqual(set(), self.in_memory())
 
 
+class SurplusTest(Served):
+    """A model that takes more than is said of it."""
+
+    models: ClassVar = {"a": 'keep_alive = "5m"\nsize = "6GB"'}
+
+    def model(self, name: str, size: float) -> StandInModel:
+        return super().model(name, 10.5 if name == "a" else size)
+
+    def test_an_estimate_that_was_too_low(self) -> None:
+        """What is idle goes when more was taken than the budget, at last the one that took it; it is told, and
+        refused from then on, with what it took."""
+        self.ask("embed", load=True)
+        with self.place("a") as place:
+            self.residency.load(self.config.models["a"], NoClient(), time.monotonic() + SOON)
+            place.began()
+            self.settle()
+            self.residency.check()
+            self.assertEqual({"a"}, self.in_memory())  # it is in use
+        self.residency.check()
+        self.assertEqual(set(), self.in_memory())
+        names = ("embed:latest", "a:latest")
+        self.assertEqual([f"unloaded {name}, as memory.budget is exceeded" for name in names], self.said)
+        error = self.refused("does_not_fit", "a")
+        self.assertEqual("a needs 10.5 GB, as measured; the budget is 10.0 GB", error.message)
+
+
 class PreloadTest(Served):
     models: ClassVar = {"a": "preload = true", "giant": "preload = true"}
 
@@ -170,8 +209,8 @@ class PeopleTest(Served):
         waiting.outcome()
         self.assertEqual(("set", 10 * GB), (said["memory"]["budget"], said["memory"]["limit"]))
         [loaded] = said["loaded"]
-        shown = [loaded[key] for key in ("names", "model", "in_flight", "num_ctx")]
-        self.assertEqual([["a"], "a:latest", 1, 512], shown)
+        shown = [loaded[key] for key in ("names", "model", "in_flight", "num_ctx", "expires_in")]
+        self.assertEqual([["a"], "a:latest", 1, 512, 300.0], shown)
         self.assertEqual(("c", "a:latest to be idle"), (said["waiting"][0]["model"], said["waiting"][0]["for"]))
         fits = {model["name"]: (model["fits"], model["fits_beside"]) for model in said["models"]}
         self.assertEqual((True, True), fits["a"])
@@ -179,6 +218,18 @@ class PeopleTest(Served):
         self.assertEqual((False, False), fits["giant"])
         self.assertEqual((True, True), fits["embed"])
         self.assertEqual("ollama", said["backends"]["one"]["server"])
+
+    def test_what_fits_a_machine_that_is_full_now(self) -> None:
+        """Where the budget follows the machine, what would fit it once others have gone fits."""
+        auto = Residency(
+            config.parse(self.toml(""), "models.toml", {}), read=lambda: memory.Reading(10 * GB, GB, apart=False)
+        )
+        self.addCleanup(auto.stop)
+        said = residency_api.overview(auto, NoClient())
+        self.assertEqual(("auto", 0, 8 * GB), tuple(said["memory"][key] for key in ("budget", "limit", "ceiling")))
+        self.assertEqual({"a": True, "giant": False}, {
+            model["name"]: model["fits"] for model in said["models"] if model["name"] in ("a", "giant")
+        })  # fmt: skip
 
     def test_the_commands(self) -> None:
         """ps, models, load and unload print what the daemon says; each way of failing has its own exit code."""
@@ -195,7 +246,11 @@ class PeopleTest(Served):
             self.assertRegex(out, r"\na +a:latest +one +6\.[01] GB +512 +loaded +0 +5m\n$")
             _, out, _ = self.run_command(parsed, "models")
             self.assertRegex(out, r"\ngiant +giant +two +~20\.\d GB +yes +no +no +no\n")
-            self.assertEqual((1, ""), self.run_command(parsed, "load", "giant")[:2])
+            status, out, err = self.run_command(parsed, "load", "giant")
+            self.assertEqual((1, ""), (status, out))
+            self.assertRegex(
+                err, r"^portway load: giant needs .*; the budget is 10\.0 GB\. Way out: ask a smaller model"
+            )
             self.assertEqual((0, "a: unloaded\n"), self.run_command(parsed, "unload", "a")[:2])
             self.assertEqual(2, self.run_command(parsed, "load")[0])
             self.assertEqual(2, self.run_command(parsed, "ps", "now")[0])
@@ -227,7 +282,7 @@ class Api:
                 status = 200
                 try:
                     said = run()
-                except (BackendError, ClientError) as exc:
+                except PortwayError as exc:
                     status, said = exc.status, exc.envelope()
                 content = json.dumps(said).encode()
                 self.send_response(status)

@@ -19,7 +19,7 @@ from typing import Any
 
 from portway import config
 from portway.backends.ollama import OllamaBackend
-from portway.call import Call, Limits
+from portway.call import Call, Limits, finish
 from portway.errors import BackendError, ClientGone
 from portway.memory import machine as memory
 from portway.memory.arbiter import (
@@ -43,6 +43,7 @@ from portway.memory.residency import Residency
 from portway.standin.server import Memory, StandIn, StandInModel
 from portway.watch import ClientWatch
 from portway.wire.events import DONE, dumps
+from tests.blocking import close, pieces
 from tests.hypotheses import given_seeds
 
 GB = 1024**3
@@ -180,6 +181,8 @@ class Machine:
         taken = sum(size for _, size in self.loaded.values())
         if taken > self.budget:
             raise AssertionError(f"over the budget: {taken / GB:.1f} of {self.budget / GB:.1f} GB")
+        if self.ledger.surplus(self.now) and all(r.size for r in self.ledger.residents.values()):
+            raise AssertionError("more is to go, although all fits")
         lanes = {backend: sum(w.runner.backend == backend for w in self.running) for backend in ("one", "two")}
         for backend, count in lanes.items():
             most = self.ledger.lanes[backend].max_parallel
@@ -208,6 +211,79 @@ class RulesTest(unittest.TestCase):
     def test_seeds_that_hypothesis_finds(self, seed: int) -> None:
         """Likewise, for seeds of hypothesis' choice."""
         Machine(seed).run(60)
+
+
+class Storm:
+    """Clients that never stop asking for what is loaded, and one that wants something else. Time is a number."""
+
+    LASTS = 4.0  # seconds that each request takes
+    SWAP = 1.0  # and each unloading
+
+    def __init__(self, seed: int) -> None:
+        pick = random.Random(seed)
+        self.now = 0.0
+        self.ledger = Ledger(min_stay=pick.choice([0.0, 6.0]), patience=pick.choice([0.0, 3.0, 10.0]))
+        self.ledger.budget = Budget(10 * GB, 10 * GB, firm=True)
+        self.ledger.counted = frozenset({"one"})
+        lane = pick.choice([None, 4])
+        self.ledger.lanes["one"] = Lane(lane, None)
+        self.rate = [1, 2] if lane is None else [0, 0, 0, 0, 0, 0, 0, 1]  # of a full lane the queue would only grow
+        self.sizes = {"often": 6 * GB, "too": pick.choice([2, 6]) * GB, "once": pick.choice([5, 9]) * GB}
+        self.random = pick
+        self.ends: list[tuple[float, Wish]] = []
+        self.gone: list[tuple[float, Wish, Resident]] = []
+
+    def waits(self) -> float:
+        """Seconds until the one that asks once, after ten seconds of storm, is served."""
+        once: Wish | None = None
+        for tick in range(2000):
+            self.now = tick / 4
+            self.go_on()
+            for _ in range(self.random.choice(self.rate)):
+                self.ask(self.random.choice(["often", "often", "too"]))
+            if once is None and self.now >= 10.0:
+                once = self.ask("once")
+            if once is not None and once not in self.ledger.waiting:
+                return self.now - once.since
+        raise AssertionError(f"it starves: {once and once.why}")
+
+    def ask(self, name: str) -> Wish:
+        size = self.sizes[name]
+        wish = Wish(name, Runner("one", name), Shape(2048, ()), Need(size, size, ""), 60.0, self.now)
+        self.give(self.ledger.enter(wish, self.now))
+        return wish
+
+    def give(self, served: list[tuple[Wish, Any]]) -> None:
+        for wish, action in served:
+            if isinstance(action, Go):
+                self.ends.append((self.now + self.LASTS, wish))
+                self.ledger.began(wish, self.now)
+            elif isinstance(action, Clear):
+                self.gone += [(self.now + self.SWAP, wish, victim) for victim in action.victims]
+
+    def go_on(self) -> None:
+        for due, wish in [pair for pair in self.ends if pair[0] <= self.now]:
+            self.ends.remove((due, wish))
+            self.ledger.release(wish, self.now)
+        for due, wish, victim in [each for each in self.gone if each[0] <= self.now]:
+            self.gone.remove((due, wish, victim))
+            self.ledger.left(victim, self.now)
+            if all(other is not wish for _, other, _ in self.gone):
+                self.ledger.cleared(wish)
+        self.give(self.ledger.turn(self.now))
+
+
+class StarvationTest(unittest.TestCase):
+    def test_a_storm_does_not_keep_another_waiting(self) -> None:
+        """However often what is loaded is asked for, another one waits no longer than for its patience and for what
+        was under way then; also where the storm is for two that take turns themselves."""
+        for seed in SEEDS:
+            with self.subTest(seed=seed):
+                storm = Storm(seed)
+                rules = storm.ledger
+                turns = 3  # the storm's own swaps may come first, each with its patience and its stay
+                most = turns * (rules.patience + rules.min_stay + storm.LASTS + storm.SWAP)
+                self.assertLessEqual(storm.waits(), most)
 
 
 class Client(threading.Thread):
@@ -240,12 +316,12 @@ class Client(threading.Thread):
 
     def _ask(self, watch: ClientWatch) -> str:
         limits = Limits(5.0, 20.0, 20.0, 20.0, self._until, self._until)
-        with self._residency.place(self._model, watch, self._until) as place:
-            answer = place.hold(self._backend.open(chat(self._model), self._model, limits, watch))
+        with finish(self._residency.place(self._model, watch, self._until)) as place:
+            answer = place.hold(finish(self._backend.open(chat(self._model), self._model, limits, watch)))
             try:
-                return "served" if b"".join(answer.pieces()).endswith(DONE) else "cut"
+                return "served" if b"".join(pieces(answer)).endswith(DONE) else "cut"
             finally:
-                answer.close()
+                close(answer)
 
 
 class WholeTest(unittest.TestCase):
@@ -307,6 +383,7 @@ class WholeTest(unittest.TestCase):
                     self.assertIn(outcome, ("does_not_fit", "gone"))
             snapshot = residency.snapshot()
             self.assertEqual([], snapshot.waiting)
+            self.assertEqual({}, residency._tickets)
             self.assertEqual({0}, {resident.users for resident in snapshot.residents} | {0})
             self.assertEqual({0}, set(snapshot.in_flight.values()) | {0})
         return set(outcomes), stats.overcommits

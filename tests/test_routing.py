@@ -6,14 +6,15 @@ import dataclasses
 import json
 import time
 import unittest
-from collections.abc import Iterator
+from collections.abc import AsyncIterator
 from typing import Any
 
 from portway import config
-from portway.call import Answer, Call, Endpoint, Limits, Served, Tally, Watch
+from portway.call import Answer, Call, Endpoint, Limits, Served, Tally, Watch, finish
 from portway.errors import FAILURES, BackendError, ClientError, ClientGone
 from portway.routing import SHORT, ChainExhausted, Cooling, Router
 from portway.watch import NoClient
+from tests.blocking import rest
 
 TOML = """
 [backends.a]
@@ -54,18 +55,22 @@ class MadeUpAnswer:
         self.tally = Tally()
         self.warnings: list[str] = []
         self.closed = 0
-        self._outcome = outcome
+        self._outcome = iter(outcome)
 
-    def pieces(self) -> Iterator[bytes]:
-        for piece in self._outcome:
-            if isinstance(piece, Exception):
-                raise piece
+    async def piece(self) -> bytes:
+        piece = next(self._outcome, b"")
+        if isinstance(piece, Exception):
+            raise piece
+        return piece
+
+    async def whole(self) -> bytes:
+        return b"".join([piece async for piece in self._all()])
+
+    async def _all(self) -> AsyncIterator[bytes]:
+        while piece := await self.piece():
             yield piece
 
-    def whole(self) -> bytes:
-        return b"".join(self.pieces())
-
-    def close(self) -> None:
+    async def close(self) -> None:
         self.closed += 1
 
 
@@ -77,7 +82,7 @@ class MadeUp:
         self.opened: list[tuple[str, Limits, str]] = []
         self.answers: list[MadeUpAnswer] = []
 
-    def open(self, _call: Call, target: config.Model, limits: Limits, watch: Watch) -> Answer:
+    async def open(self, _call: Call, target: config.Model, limits: Limits, watch: Watch) -> Answer:
         self.opened.append((target.name, limits, watch.phase))
         watch.phase = "prompt"
         outcome = self.outcomes[target.name]
@@ -114,7 +119,7 @@ class RouterTest(unittest.TestCase):
 
     def serve(self, backend: MadeUp, asked: Call | None = None, **kwargs: Any) -> Served:
         router = Router(CONFIG, {"a": backend, "b": backend}, self.cooling, **kwargs)
-        return router.serve(asked or call(), NoClient())
+        return finish(router.serve(asked or call(), NoClient()))
 
     def failing(self, *reasons: str, **kwargs: Any) -> ChainExhausted:
         self.setUp()
@@ -171,10 +176,10 @@ class RouterTest(unittest.TestCase):
         """When an attempt has used up all of the time nobody else is asked."""
 
         class Slow(MadeUp):
-            def open(self, *args: Any) -> Answer:
+            async def open(self, *args: Any) -> Answer:
                 while time.monotonic() < args[2].deadline:
                     pass
-                return super().open(*args)
+                return await super().open(*args)
 
         short = dataclasses.replace(FIRST, timeouts=dataclasses.replace(FIRST.timeouts, total=0.01))
         backend = Slow(first=BackendError("first_token_timeout", "x"), second=[DONE])
@@ -198,7 +203,7 @@ class RouterTest(unittest.TestCase):
             backend = MadeUp(first=bad)
             router = Router(CONFIG, {"a": backend, "b": backend}, self.cooling)
             with self.assertRaises(ChainExhausted):
-                router.serve(asked, NoClient(), **kwargs)
+                finish(router.serve(asked, NoClient(), **kwargs))
             self.assertEqual(["first"], backend.asked)
 
     def test_a_stream_that_breaks_counts(self):
@@ -208,7 +213,7 @@ class RouterTest(unittest.TestCase):
             self.assertEqual({}, self.cooling.cooling(), count)
             served = self.serve(MadeUp(first=broken))
             with self.assertRaises(BackendError):
-                list(served.rest)
+                list(rest(served))
         self.assertEqual({("a", "big"): 30.0}, self.cooling.cooling())
 
     def test_a_stream_that_ends_well_clears(self):
@@ -218,7 +223,7 @@ class RouterTest(unittest.TestCase):
             for _ in range(2):
                 self.cooling.failed(FIRST, BackendError("server_error", "x"))
             served = self.serve(MadeUp(first=pieces))
-            for piece in served.rest:
+            for piece in rest(served):
                 if piece.endswith(DONE):
                     break  # as whoever relays it does
             self.assertEqual({}, self.cooling._table)
@@ -227,7 +232,7 @@ class RouterTest(unittest.TestCase):
         """A stream that ran into the request's own deadline is not its target's failure."""
         served = self.serve(MadeUp(first=[b"x", BackendError("total_timeout", "x")]))
         with self.assertRaises(BackendError):
-            list(served.rest)
+            list(rest(served))
         self.assertEqual({}, self.cooling._table)
 
     def test_words(self):

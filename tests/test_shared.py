@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import os
 import threading
+import time
 import unittest
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from typing import Any
+from unittest import mock
 
 from portway.cache import file as cache_file
+from portway.call import Call, Served
+from portway.routing import Router
 from tests.cached import BROKEN, CachedCase, chat, choice, configured, facts_of, streamed, text_of, verdict
 from tests.daemon import Daemon
 from tests.doubles import LAST_CHUNK, Action, RawClient, chunk, json_reply, sse_body, stream_head
@@ -67,6 +71,22 @@ class AtOnce(FlightCase):
             answers = [client.response() for client in clients]
         told = [(answer.header("x-cache"), answer.header("age")) for answer in answers]
         self.assertEqual([("MISS", None), ("HIT", "0")], told)
+
+    def test_who_waited_counts_as_helped(self) -> None:
+        """`portway cache` tells the hit rate that X-Cache and the log tell."""
+        self.assertTrue(self.cache.flush(10))  # else the file is not there yet, and nothing is counted
+        self.backend.fail("/api/chat", "hang")
+        with self.together([chat("three")] * 5) as clients:
+            self.backend.release()
+            answers = [client.response() for client in clients]
+        answers += [self.post(chat("three")) for _ in range(2)]
+        self.assertEqual(504, self.post(chat("three", seed=1), Cache_Control="only-if-cached").status)
+        self.post(chat("three"), Cache_Control="no-cache")  # not looked up
+        self.written()
+        stats = self.cache.stats()
+        assert stats is not None
+        hits = sum(answer.header("x-cache") == "HIT" for answer in answers)
+        self.assertEqual((6, 6, 2), (hits, stats.counts.hits, stats.counts.misses))
 
     def test_warnings_are_shared(self) -> None:
         """What could not be done for one could not be done for any of them."""
@@ -210,6 +230,30 @@ class Leaving(FlightCase):
             self.assertEqual((200, "HIT"), verdict(answer))
             self.assertEqual("".join(texts), text_of(answer))
 
+    def test_the_first_one_leaves_while_its_connection_is_full(self) -> None:
+        """However it goes, the stream goes on for those who wait for the same."""
+        for number, leave in enumerate((RawClient.half_close, RawClient.reset)):
+            gate = threading.Event()
+            texts = ["x" * 1_000_000] * 7
+            head = [stream_head(), *map(chunk, sse_body([delta(content=text) for text in texts], done=False))]
+            reply: list[Action] = [*head, gate, *map(chunk, sse_body([finish()])), LAST_CHUNK]
+            with self.subTest(leave.__name__), ExitStack() as stack:
+                target = stack.enter_context(Target(reply))
+                toml = chain(target.url, models={"first": 'cache = "1h"\n'})
+                daemon = stack.enter_context(Daemon(toml, cache=self.cache))
+                clients = [stack.enter_context(daemon.client()) for _ in range(2)]
+                clients[0].request("POST", CHAT, chat("first", stream=True, seed=number))
+                clients[0].head()
+                clients[1].request("POST", CHAT, chat("first", seed=number))
+                wait_for(lambda: daemon.sharing == 1, "the second one's waiting")  # noqa: B023
+                wait_for(lambda: daemon.writing == 1, "a full connection")  # noqa: B023
+                leave(clients[0])
+                gate.set()
+                answer = clients[1].response()
+                self.assertEqual((200, "HIT"), verdict(answer))
+                self.assertEqual("".join(texts), text_of(answer))
+                self.assertEqual(1, len(target.asked))
+
 
 class Failing(CachedCase):
     """A flight whose leader's backend fails. The backends are scripted, so that they fail when a test says so."""
@@ -241,6 +285,41 @@ class Failing(CachedCase):
             self.assertEqual([200] * 9, [answer.status for answer in answers])
             self.assertEqual(8, sum(answer.header("x-cache") == "HIT" for answer in answers))
             self.assertEqual(2, len(target.asked))
+
+    def test_who_takes_over_has_the_time_of_its_own_request(self) -> None:
+        """It has waited for a part of it, and its client would not wait for as long again."""
+        began: list[tuple[float, float]] = []
+
+        async def serve(router: Router, call: Call, *args: Any, **named: Any) -> Served:
+            began.append((time.monotonic(), named["deadline"] - call.model.timeouts.total))
+            return await original(router, call, *args, **named)
+
+        original = Router.serve
+        self.enterContext(mock.patch.object(Router, "serve", serve))
+        gate = threading.Event()
+        bad, good = json_reply({"error": {"message": "no"}}, 500), json_reply({"choices": [choice()]})
+        with Target([gate, bad], then=good) as target, self.together(target, [False] * 2) as clients:
+            waits = time.monotonic()
+            wait_for(lambda: time.monotonic() > waits, "a clock that has moved on")
+            gate.set()
+            self.assertEqual([502, 200], [client.response().status for client in clients])
+        (_, first_came), (takes_over, second_came) = began
+        self.assertLess(first_came, second_came)
+        self.assertLessEqual(second_came, waits)
+        self.assertLess(waits, takes_over)
+
+    def test_a_failure_counts_as_no_help(self) -> None:
+        """Whoever shares a failure got nothing out of the cache."""
+        self.assertTrue(self.cache.flush(10))
+        gate = threading.Event()
+        bad = json_reply({"error": {"message": "no"}}, 500)
+        with Target([gate, bad], then=bad) as target, self.together(target, [False] * 3) as clients:
+            gate.set()
+            self.assertEqual({502}, {client.response().status for client in clients})
+        self.assertTrue(self.cache.flush(10))
+        stats = self.cache.stats()
+        assert stats is not None
+        self.assertEqual((0, 3), (stats.counts.hits, stats.counts.misses))
 
     def test_a_second_failure_is_everybodys(self) -> None:
         """A backend that is down is asked twice, and everybody is told all about it, streaming or not."""

@@ -11,13 +11,18 @@ import sys
 import tempfile
 import unittest
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from unittest import mock
 
-from portway.commands import stats
+from portway.cache.store import Cache
+from portway.commands import probe, stats
 from portway.commands.stats import HELP, Figures, Piece, main, parse, quantile, read, read_options, summarize
 from portway.telemetry import LogFile, Price, Record, line, old_files
+from tests.daemon import Daemon
+from tests.doubles import ScriptedServer, json_reply
+from tests.llama_server import wait_for
 
 ROOT = Path(__file__).resolve().parent.parent
 NOON = 1795003200.0  # 2026-11-18T12:00:00Z
@@ -307,6 +312,52 @@ class CommandLine(InAFolder):
         self.assertEqual((rows[3][0], len({len(row) for row in out.splitlines()[2:6]})), ("all", 1))
         self.assertIn("1 more requests named no model.", out)
         self.assertIn("1 lines could not be read.", out)
+
+    def test_the_daemons_troubles_are_told(self):
+        """What the running daemon says of log and cache, below the table and in the document; not of another log."""
+        self.write(a_line(1))
+        health = {
+            "log": {"dropped": 1200, "problem": "the log can't be written: x"},
+            "cache": {"dropped": 3, "problem": "the cache's file \x1b is locked", "notice": "it was corrupt"},
+        }
+        out = io.StringIO()
+        with contextlib.redirect_stdout(out):
+            self.assertEqual(0, main([], {}, log=self.path, health=lambda: health))
+            main(["--log", self.path], {}, health=lambda: health)
+            main([], {}, log=self.path, health=lambda: {"log": None, "cache": {"dropped": 0, "problem": None}})
+            main([], {}, log=self.path)
+        expected = ["Now: the log can't be written: x.", "1,200 lines were lost since Portway was started."]
+        expected += ["Now: the cache's file ? is locked.", "3 answers were not stored since Portway was started."]
+        expected += ["Note: it was corrupt."]
+        told = [
+            line for line in out.getvalue().splitlines() if line.startswith(("Now", "Note")) or "since Port" in line
+        ]
+        self.assertEqual(expected, told)
+        for said, beside in (
+            (health, health),
+            (None, None),
+            ({"log": None, "uptime_s": 1}, {"log": None, "cache": None}),
+        ):
+            out = io.StringIO()
+            with contextlib.redirect_stdout(out):
+                main(["--json"], {}, log=self.path, health=lambda: said)  # noqa: B023
+            self.assertEqual(beside, json.loads(out.getvalue())["daemon"])
+
+    def test_the_running_daemon_is_asked(self):
+        """Through GET /health, with the configured key; nobody there, or another program, is no answer."""
+        broken = Cache("/dev/null/cache.sqlite3", say=lambda _: None)
+        self.addCleanup(broken.close)
+        toml = '[server]\napi_keys = ["sk-1"]\n[backends.b]\nkind = "ollama"\nurl = "http://127.0.0.1:9"\n'
+        with Daemon(f'{toml}[models.m]\nbackend = "b"\nmodel = "m"\n', cache=broken) as daemon:
+            config = replace(daemon.config, server=replace(daemon.config.server, port=daemon.port))
+            wait_for(lambda: bool(broken.problem), "the cache's trouble")
+            told = probe.health(config, {})
+            assert told is not None
+            self.assertIn("can't be used", told["cache"]["problem"])
+        self.assertIsNone(probe.health(config, {}))
+        with ScriptedServer() as other:
+            other.add(json_reply({"status": "ok"}))
+            self.assertIsNone(probe.health(replace(config, server=replace(config.server, port=other.port)), {}))
 
     def test_bars_are_for_terminals_that_can_show_them(self):
         """A UTF-8 terminal has a sparkline; each row's busiest time is a full block."""

@@ -1,5 +1,6 @@
 """telemetry.py: what a line says, the queue, and the file under several processes, full disks and kill -9."""
 
+import contextlib
 import gzip
 import hashlib
 import json
@@ -34,6 +35,10 @@ def a_record(number: int = 0, **fields: Any) -> Record:
     """A request answered without a hitch."""
     given = {"id": f"r{number}", "model": "fast-9b", "served_by": "fast-9b", "status": 200, "ended": 101.5, **fields}
     return Record(1795000000.25, 100.0, **given)
+
+
+def vars_of(attempt: Attempt) -> dict[str, Any]:
+    return {"model": attempt.model, "reason": attempt.reason, "seconds": attempt.seconds}
 
 
 def a_line(number: int, width: int = 40) -> bytes:
@@ -98,7 +103,7 @@ class Lines(unittest.TestCase):
         """The names are public; a line has all of them, with null for what is not known."""
         names = """ts model served_by prompt_hash prompt_chars response_chars latency_s cache_hit demoted exit_code id
             client endpoint stream status error attempts queue_s load_s ttft_s decode_tps overhead_ms prompt_tokens
-            completion_tokens truncated cancelled_in saved_usd local"""
+            completion_tokens truncated cancelled_in saved_usd local key"""
         self.assertEqual(set(names.split()), set(json.loads(line(Record(0.0, 0.0), Price()))))
 
     def test_ts_leads_and_sorts_as_text(self):
@@ -113,6 +118,7 @@ class Lines(unittest.TestCase):
         self.assertEqual((found["latency_s"], found["ttft_s"], found["overhead_ms"]), (1.5, 0.25, 1))
         self.assertEqual(found["decode_tps"], 20.0)
         self.assertEqual(self.line(first=100.25, decode_s=0.5, completion_tokens=26)["decode_tps"], 52.0)
+        self.assertEqual(0, self.line(waited=1.6)["overhead_ms"])  # two clocks, and no work done before it came
         self.assertIsNone(self.line(completion_tokens=26)["decode_tps"])
         self.assertIsNone(self.line(first=100.25, completion_tokens=26, cache_hit=True)["decode_tps"])
 
@@ -196,6 +202,11 @@ class Lines(unittest.TestCase):
         """JSON may hold them; UTF-8 may not."""
         self.assertEqual(self.line(body={"prompt": "\ud800"})["prompt_chars"], 1)
 
+    def test_names_from_outside_are_bounded(self):
+        """A client may call itself, and a server its error, whatever it likes."""
+        found = self.line(client="c" * 1000, error="e" * 1000, model="m" * 1000)
+        self.assertEqual(["c" * 128, "e" * 128, "m" * 128], [found[name] for name in ("client", "error", "model")])
+
     def test_what_is_saved(self):
         """The reference price of answers that cost nothing: own servers' and the cache's, nobody else's."""
         price = Price(0.15, 0.60)
@@ -204,6 +215,7 @@ class Lines(unittest.TestCase):
             (0.45, {"host": "127.0.0.1"}),
             (0.45, {"host": "api.openai.com", "cache_hit": True}),
             (0.0, {"host": "api.openai.com"}),
+            (0.0, {"host": ""}),
             (0.0, {"host": "127.0.0.1", "status": 502}),
         ):
             with self.subTest(fields=fields):
@@ -223,13 +235,96 @@ class Lines(unittest.TestCase):
         self.assertIsNone(self.line(load_s=math.inf)["load_s"])
         self.assertIsNone(self.line(queue_s=math.nan)["queue_s"])
 
+    def test_sizes_of_a_stored_answer(self):
+        """As it has them; what a server sent for a number that is none is not known."""
+        choice = {"message": {"content": "four"}}
+        usage: Any
+        for usage, counts in (({"prompt_tokens": 3, "completion_tokens": 4}, (3, 4)), (None, (None, None))):
+            document = json.dumps({"choices": [choice], "usage": usage}).encode()
+            found = self.line(document=document, cache_hit=True)
+            self.assertEqual(
+                (*counts, 4), tuple(found[name] for name in ("prompt_tokens", "completion_tokens", "response_chars"))
+            )
+        usage = {"prompt_tokens": "3", "completion_tokens": [4]}
+        self.assertIsNone(self.line(document=json.dumps({"usage": usage}).encode(), cache_hit=True)["prompt_tokens"])
+
+    def test_a_chat_is_hashed_like_any_prompt(self):
+        """A role and a text each goes a shorter way to the same hash; whatever else it may hold takes the long one."""
+        plain = [{"role": "system", "content": "\ud800 be"}, {"content": "brief", "role": "user"}]
+        rows: list[tuple[list[Any], list[str], int]] = [
+            (plain, ["system", "\ud800 be", "brief", "user"], 9),
+            ([{**plain[1], "name": "me"}], ["brief", "user", "me"], 5),
+            ([{"role": "user", "content": None}], ["user"], 0),
+            ([{"role": "user", "content": 5}], ["user", "5"], 0),
+            ([["role", "content"], "role", 7], ["role", "content", "role", "7"], 0),
+            ([], [], 0),
+        ]
+        for messages, texts, chars in rows:
+            with self.subTest(messages=messages):
+                told = "".join(f"{text}\0" for text in texts).encode("utf-8", "surrogatepass")
+                found = self.line(body={"messages": messages})
+                self.assertEqual(
+                    (hashlib.sha256(told).hexdigest()[:16], chars), (found["prompt_hash"], found["prompt_chars"])
+                )
+
+    def test_requests_alike_share_a_form(self):
+        """Only what is named is in it: each line has its own numbers, also where one has none that another has."""
+        rows: list[dict[str, Any]] = [{}, {"prompt_tokens": 3}, {"prompt_tokens": 4, "completion_tokens": 2}]
+        rows += [{"load_s": 0.5}, {"first": 101.0, "completion_tokens": 3}, {"waited": 1.0, "response_chars": 9}, {}]
+        rows += [{"attempts": [Attempt("fast-9b", "ok", seconds)]} for seconds in (0.25, 0.5)]
+        rows += [{"attempts": [Attempt("fast-9b", "busy", 0.25)]}]
+        rows += [
+            {"attempts": [Attempt("fast-9b", "busy", 0.25), Attempt("fast-1b", "ok", 1.0)]},
+            {"client": "100% %s %d"},
+        ]
+        for fields in rows:
+            record, found = a_record(**fields), self.line(Price(1.0, 1.0), host="localhost", **fields)
+            expected = {
+                name: getattr(record, name) for name in ("prompt_tokens", "completion_tokens", "response_chars")
+            }
+            expected |= {"load_s": record.load_s, "ttft_s": record.ttft, "decode_tps": record.decode_tps}
+            expected |= {"overhead_ms": None if record.overhead is None else 1000 * record.overhead}
+            expected |= {"client": record.client or None, "exit_code": 0, "latency_s": 1.5}
+            expected["attempts"] = [vars_of(attempt) for attempt in record.attempts]
+            tokens = [each for each in (record.prompt_tokens, record.completion_tokens) if each is not None]
+            expected["saved_usd"] = sum(tokens) / 1e6 if tokens else None
+            with self.subTest(fields=fields):
+                self.assertEqual(expected, {name: found[name] for name in expected})
+
+    def test_what_a_stranger_sends_is_not_remembered(self):
+        """The forms that are kept are short: a long name of a client is not among them."""
+        telemetry._form.cache_clear()
+        given: list[dict[str, Any]] = [{"client": "x" * 500}, {"endpoint": "x" * 500}, {"error": "x" * 500}]
+        for fields in given:
+            self.assertEqual(128, len(self.line(**fields)[next(iter(fields))]))
+        self.assertEqual(0, telemetry._form.cache_info().currsize)
+        self.line(client="x")
+        self.assertEqual(1, telemetry._form.cache_info().currsize)
+
+    def test_nothing_but_what_there_is(self):
+        """A record has its fields and no others."""
+        with self.assertRaises(AttributeError):
+            a_record(nonsense=1)
+
+    def test_any_depth_and_length_of_a_prompt(self):
+        """The hash is of each text and a zero byte, in the order sent, also of texts that are hashed by themselves."""
+        long = "\u00e9" * 10_000
+        parts = [{"type": "text", "text": long}, {"type": "text", "text": "b", "x": [[True, None, 2.5]]}]
+        messages = [{"role": "user", "content": "a"}, {"role": "user", "content": parts}]
+        texts = ["user", "a", "user", "text", long, "text", "b", "True", "2.5", long]
+        expected = hashlib.sha256("".join(f"{text}\0" for text in texts).encode()).hexdigest()[:16]
+        found = self.line(body={"input": long, "messages": messages})
+        self.assertEqual((expected, 20_002), (found["prompt_hash"], found["prompt_chars"]))
+
     def test_served_takes_what_the_backend_counted(self):
         """From a Served, as routing makes them."""
         tally = SimpleNamespace(
             load_s=1.0, decode_s=2.0, prompt_tokens=3, completion_tokens=4, content_chars=5, truncated=True
         )
         model = SimpleNamespace(name="fast-1b", backend=SimpleNamespace(host="127.0.0.1"))
-        served: Any = SimpleNamespace(model=model, answer=SimpleNamespace(tally=tally), attempts=[], queued=0.5)
+        served: Any = SimpleNamespace(
+            model=model, answer=SimpleNamespace(tally=tally), attempts=[], queued=0.5, hosts=("127.0.0.1",)
+        )
         call: Any = SimpleNamespace(
             model=SimpleNamespace(name="fast-9b"), endpoint="chat", id="chatcmpl-1", stream=True, body={}, raw=b"{}"
         )
@@ -334,22 +429,59 @@ class Queue(InAFolder):
         """Beyond that a line goes without its hash; what has been written makes room again."""
         body = {"prompt": "x"}
         log = self.log()
+        self.enterContext(mock.patch.object(telemetry, "MAX_AT_ONCE", 99))
         with mock.patch.object(telemetry, "MAX_WAITING_BYTES", 100):
             log.record(a_record(1, body=body, size=101))
             log.record(a_record(2, body=body, size=100))
             while not log.written:
                 self.assertTrue(log._writer.is_alive())
-            log.record(a_record(3, body=body, size=100))
-            log.close(PATIENCE)
+            with mock.patch.object(telemetry, "GATHER", 10_000.0):
+                log.record(a_record(3, body=body, size=100))
+                log.record(a_record(4, body=body, size=100))
+                log.close(PATIENCE)
         hashed = {found["id"]: found["prompt_hash"] is not None for found in lines_of(self.path)}
-        self.assertEqual(hashed, {"r1": False, "r2": True, "r3": True})
+        self.assertEqual(hashed, {"r1": False, "r2": True, "r3": True, "r4": False})
 
     def test_a_body_is_let_go(self):
-        """The record that its daemon may still hold keeps no prompt."""
-        log, record = self.log(), a_record(body={"prompt": "x"}, size=10)
-        log.record(record)
+        """The record that its daemon may still hold keeps no prompt: a short one not for a moment."""
+        log = self.log()
+        short, long = (a_record(body={"prompt": "x"}, size=size, document=b"{}") for size in (10, 100_000))
+        log.record(short)
+        self.assertEqual((None, b""), (short.body, short.document))
+        log.record(long)
         log.close(PATIENCE)
-        self.assertIsNone(record.body)
+        self.assertEqual((None, b""), (long.body, long.document))
+
+    def test_long_and_short_ones_keep_their_order(self):
+        """Whether the line was made at once or is made by the writer."""
+        log = self.log()
+        for number in range(200):
+            log.record(a_record(number, body={"prompt": "x"}, size=number % 3 * telemetry.MAX_AT_ONCE))
+        log.close(PATIENCE)
+        lines = lines_of(self.path)
+        self.assertEqual([f"r{number}" for number in range(200)], [found["id"] for found in lines])
+        self.assertEqual(1, len({found["prompt_hash"] for found in lines}))
+
+    def test_lines_gather(self):
+        """The writer wakes for the first one, and writes those that come meanwhile with it; close() waits for none."""
+        sizes: list[int] = []
+        written = threading.Event()
+
+        def write(file: int, data: bytes) -> int:
+            sizes.append(data.count(b"\n"))
+            written.set()
+            return os.write(file, data)
+
+        with mock.patch.object(telemetry, "GATHER", 0.2):
+            log = self.log(write=write)
+            for number in range(100):
+                log.record(a_record(number))
+            self.assertTrue(written.wait(PATIENCE))
+            with mock.patch.object(telemetry, "GATHER", 10_000.0):
+                for number in range(100):
+                    log.record(a_record(number))
+                self.assertTrue(log.close(PATIENCE))
+        self.assertEqual((200, True), (sum(sizes), len(sizes) < 20), sizes)
 
     def test_the_price_may_change(self):
         """From the next line on."""
@@ -592,7 +724,8 @@ class SeveralProcesses(InAFolder):
             self.release(doomed)
             size = -1
             while size < 5_000 and doomed.poll() is None:
-                size = os.stat(self.path).st_size if os.path.exists(self.path) else -1
+                with contextlib.suppress(FileNotFoundError):  # it is being rotated
+                    size = os.stat(self.path).st_size
             doomed.send_signal(signal.SIGKILL)
             doomed.wait(PATIENCE)
             file = LogFile(self.path, 10_000, 1000)
@@ -666,6 +799,15 @@ class Rotation(InAFolder):
         file.close()
         self.assertEqual([found["n"] for found in lines_of(self.path)], [1, 2, 3])
         self.assertEqual(len(old_files(self.path)), 1)
+
+    def test_a_rotation_that_somebody_else_has_done_meanwhile(self):
+        """Whoever gets the lock second finds a new file with room in it, which stays."""
+        file = LogFile(self.path, max_bytes=50)
+        file.append([a_line(1)])
+        file._rotate(1)  # as if it had looked full a moment before
+        self.assertEqual(old_files(self.path), [])
+        file.close()
+        self.assertEqual([found["n"] for found in lines_of(self.path)], [1])
 
     def test_a_rotation_that_fails_loses_no_line(self):
         """The file grows, `problem` says so, and it ends by itself."""

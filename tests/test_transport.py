@@ -12,17 +12,17 @@ import threading
 import time
 import unittest
 from collections.abc import Callable, Iterator
-from dataclasses import replace
 from typing import Any
 from unittest import mock
 
 from portway.backends import transport
-from portway.backends.transport import Patience, Pool, Reply
-from portway.call import Limits, Watch
+from portway.backends.transport import Patience, Pool
+from portway.call import Limits, Watch, finish
 from portway.config import Backend
 from portway.errors import BackendError, ClientGone
 from portway.watch import ClientWatch, NoClient
 from portway.wire.http1 import MAX_HEAD
+from tests.blocking import BlockingReply, exchange
 from tests.doubles import (
     CLOSE,
     HALF_CLOSE,
@@ -59,7 +59,7 @@ def limits(**changes: float) -> Limits:
     now = time.monotonic()
     for name in ("answer_by", "deadline"):
         changes[name] = now + changes.get(name, LONG)
-    return replace(Limits(LONG, LONG, LONG, LONG, now, now), **changes)
+    return Limits(LONG, LONG, LONG, LONG, now, now)._replace(**changes)
 
 
 def free_port() -> int:
@@ -104,9 +104,9 @@ class TransportCase(unittest.TestCase):
 
     def open(
         self, pool: Pool, request: bytes = REQUEST, watch: Watch | None = None, plain: Any = False, **changes: float
-    ) -> Reply:
+    ) -> BlockingReply:
         within = limits(**changes)
-        reply = pool.exchange(request, within, watch or NoClient(), Patience(within, plain=plain))
+        reply = exchange(pool, request, within, watch or NoClient(), Patience(within, plain=plain))
         self.addCleanup(reply.close)
         return reply
 
@@ -417,7 +417,7 @@ class Resending(TransportCase):
                 self.ask(pool)
                 watch = Noticing(sent)
                 within = limits()
-                self.fails("connection_lost", pool.exchange, REQUEST, within, watch, Patience(within))
+                self.fails("connection_lost", exchange, pool, REQUEST, within, watch, Patience(within))
                 self.assertEqual(2, len(server.requests))
 
     def test_a_reused_connection_that_breaks_under_a_large_request(self):
@@ -437,11 +437,11 @@ class Noticing(NoClient):
         self._event = event
         self._waits = 0
 
-    def readable(self, sock: socket.socket, until: float) -> bool:
+    async def readable(self, sock: socket.socket, until: float) -> bool:
         self._waits += 1
         if self._waits == 2:
             self._event.set()
-        return super().readable(sock, until)
+        return await super().readable(sock, until)
 
 
 class Connecting(TransportCase):
@@ -589,7 +589,7 @@ def full_listener(test: unittest.TestCase) -> Iterator[int]:
             sock = stack.enter_context(socket.socket())
             sock.setblocking(False)
             sock.connect_ex(listener.getsockname())
-            if not NoClient().writable(sock, time.monotonic() + 0.1):
+            if not finish(NoClient().writable(sock, time.monotonic() + 0.1)):
                 yield listener.getsockname()[1]
                 return
         test.skipTest("a backlog can't be filled here")
@@ -801,7 +801,7 @@ class Times(TransportCase):
             within = limits(**changes)
             _, pool = self.serve([stream_head() + chunk(b"1"), HANG])
             patience = Patience(within)
-            reply = pool.exchange(REQUEST, within, NoClient(), patience)
+            reply = exchange(pool, REQUEST, within, NoClient(), patience)
             self.addCleanup(reply.close)
             self.assertEqual(b"1", reply.read())
             patience.content()
@@ -813,7 +813,7 @@ class Times(TransportCase):
         within = limits(deadline=0.2)
         _, pool = self.serve([stream_head(), *endless])
         patience = Patience(within)
-        reply = pool.exchange(REQUEST, within, NoClient(), patience)
+        reply = exchange(pool, REQUEST, within, NoClient(), patience)
         self.addCleanup(reply.close)
         patience.content()
         self.fails("total_timeout", drain, reply)
@@ -844,7 +844,7 @@ class Times(TransportCase):
             within = Limits(1, 2, first_token=30, idle=5, answer_by=1020, deadline=1100)
             stream, plain = Patience(within), Patience(within, plain=True)
             self.assertEqual((1020, 1020), (stream.until(), plain.until()))
-            sooner = Patience(replace(within, first_token=7))
+            sooner = Patience(within._replace(first_token=7))
             now = 1003.0
             self.assertEqual(1007, sooner.until())
             self.assertIn("no answer within 3.0 s", sooner.expired().message)
@@ -863,7 +863,7 @@ class Times(TransportCase):
             self.assertEqual(1100, plain.until())
 
 
-def drain(reply: Reply) -> None:
+def drain(reply: BlockingReply) -> None:
     while reply.read():
         pass
 
@@ -956,7 +956,7 @@ class Descriptors(TransportCase):
         for _ in range(times):
             within = limits(**changes)
             with contextlib.suppress(BackendError, ClientGone):
-                reply = pool.exchange(REQUEST, within, watch or NoClient(), Patience(within))
+                reply = exchange(pool, REQUEST, within, watch or NoClient(), Patience(within))
                 with contextlib.closing(reply):
                     reply.read_all()
         pool.close()
@@ -968,7 +968,7 @@ class Descriptors(TransportCase):
         for _ in range(5):
             _, pool = self.serve([OK[:-1], HANG], max_idle=0)
             reply = self.open(pool, watch=client.watch)
-            numbers.add(reply._connection._sock.fileno())
+            numbers.add(reply.reply._connection._sock.fileno())
             self.assertEqual(b"{", reply.read())
             reply.close()
         for end in (CLOSE, HANG):

@@ -40,6 +40,7 @@ class Objects(unittest.TestCase):
     def test_an_object_is_read(self):
         """A body is a dict, with text beyond ASCII and with escapes."""
         self.assertEqual(loads_object('{"a": [1, 2.5, "é\\u00e9", null]}'.encode()), {"a": [1, 2.5, "éé", None]})
+        self.assertEqual(loads_object(b'{"a":{"a":1},"b":[{"a":2},{"a":2}]}')["b"], [{"a": 2}, {"a": 2}])
 
     def test_a_byte_order_mark_is_skipped_once(self):
         """PowerShell's mark is tolerated; a second one is no JSON."""
@@ -61,6 +62,8 @@ class Objects(unittest.TestCase):
             (b'{"a":-Infinity}', "-Infinity is not a JSON value."),
             (b'{"a":1e999}', "The request body is not valid JSON: a number is too large."),
             (b'{"a":' + b"1" * 5000 + b"}", "The request body is not valid JSON: a number has too many digits."),
+            (b'{"a":1,"a":1}', "The request body is not valid JSON: a name stands twice in one object."),
+            (b'{"b":[{"a":1,"\\u0061":2}]}', "a name stands twice in one object."),
             (b"[]", "The request body must be a JSON object ({...})."),
             (b'"text"', "The request body must be a JSON object ({...})."),
             (b"{} {}", "Extra data, at line 1, column 4"),

@@ -70,36 +70,63 @@ def run() -> NoReturn:
 
 def main(arguments: Sequence[str], environ: Mapping[str, str]) -> int:
     """Do what `arguments` ask for. Returns the exit code; whatever goes wrong is said on stderr."""
-    terminal = Terminal(environ)
+    terminal, errand = Terminal(environ), Errand()
+    status, error = ANSWERED, ""
     try:
-        _do(read_options(arguments), environ, terminal)
+        _do(read_options(arguments), environ, terminal, errand)
     except Failure as exc:
+        status, error = exc.status, exc.code
         terminal.note(f"ask: {exc}")
-        return exc.status
     except Broken as exc:
+        status = FAILED
         terminal.note(f"ask: {exc}")
-        return FAILED
     except KeyboardInterrupt:
+        status, error = INTERRUPTED, "interrupted"
         terminal.break_off()
-        return INTERRUPTED
     except BrokenPipeError:
+        status, error = PIPE_CLOSED, "pipe_closed"
         terminal.break_off()
-        return PIPE_CLOSED
     except OSError as exc:  # stdout on a full disk, say
+        status, error = FAILED, "not_written"
         terminal.note(f"ask: can't write the answer: {exc.strerror}")
-        return FAILED
-    return ANSWERED
+    if status and errand.ends_unseen(error):
+        from portway.ask import journal
+
+        journal.note(errand, status, error, environ)
+    return status
 
 
 class Failure(Exception):
-    """ask can't do what it was asked. str() says why; `status` is the exit code."""
+    """ask can't do what it was asked. str() says why; `status` is the exit code, `code` the log's word for it."""
 
-    def __init__(self, message: str, status: int = FAILED) -> None:
+    def __init__(self, message: str, status: int = FAILED, code: str = "") -> None:
         super().__init__(message)
         self.status = status
+        self.code = code
 
 
-def _do(options: Options, environ: Mapping[str, str], terminal: Terminal) -> None:
+class Errand:
+    """One question on its way, as far as the log may have to be told of it by ask itself (journal.py).
+
+    phase: "" = nobody was asked; "calling", "answering", "answered": how far it came. model: as it was asked
+    for, a tier with its `flag:`. id: the answer's. started: time.monotonic().
+    """
+
+    def __init__(self) -> None:
+        self.phase = self.model = self.id = ""
+        self.stream = False
+        self.started = monotonic()
+
+    def ends_unseen(self, error: str) -> bool:
+        """Whether the daemon's own line of this question can't say that it ended with `error`."""
+        if self.phase == "calling":
+            return error == "not_running"
+        if self.phase == "answering":
+            return error in ("pipe_closed", "not_written")  # which look like a Ctrl-C from there
+        return self.phase == "answered"
+
+
+def _do(options: Options, environ: Mapping[str, str], terminal: Terminal, errand: Errand) -> None:
     if options.help or options.version or options.completion is not None:
         from portway.ask import manual as ask_help
 
@@ -113,7 +140,7 @@ def _do(options: Options, environ: Mapping[str, str], terminal: Terminal) -> Non
         for flag, name in _tiers(_address(environ), environ):
             terminal.answer(f"{flag and '--' + flag}\t{name}\n")
     else:
-        _ask(options, environ, terminal)
+        _ask(options, environ, terminal, errand)
 
 
 # --- The options -----------------------------------------------------------------------------
@@ -216,20 +243,26 @@ def _spoken(model: str) -> str:
 # --- The question ----------------------------------------------------------------------------
 
 
-def _ask(options: Options, environ: Mapping[str, str], terminal: Terminal) -> None:
+def _ask(options: Options, environ: Mapping[str, str], terminal: Terminal, errand: Errand) -> None:
     address = _address(environ)
-    model = options.model or environ.get("PORTWAY_MODEL") or DEFAULT_MODEL
+    model = errand.model = options.model or environ.get("PORTWAY_MODEL") or DEFAULT_MODEL
     # A plain answer is quicker than a stream, and the daemon may still replace a model that fails halfway.
-    stream = terminal.answers_shown and not options.extract
+    stream = errand.stream = terminal.answers_shown and not options.extract
     body = dumps(_request(options, model, stream=stream)).encode()
-    started = monotonic()
+    headers = _headers(options, environ)
+    errand.phase, errand.started = "calling", monotonic()
     answer = Answer(options, terminal, "waiting" if model == DEFAULT_MODEL else f"waiting for {_spoken(model)}")
     with _connect(address, environ, answer.wait if terminal.spins else None) as exchange:
-        exchange.send("POST", "/chat/completions", _headers(options, environ), body)
+        exchange.send("POST", "/chat/completions", headers, body)
         if exchange.status != 200:
             raise _refusal(exchange, options, model, environ)
-        answer.read(exchange)
-    answer.finish(monotonic() - started)
+        errand.phase = "answering"
+        try:
+            answer.read(exchange)
+        finally:
+            errand.id = answer.id
+    errand.phase = "answered"
+    answer.finish(monotonic() - errand.started)
     _save_last(answer, environ)
 
 
@@ -377,6 +410,7 @@ class Answer:
 
     def __init__(self, options: Options, terminal: Terminal, label: str) -> None:
         self.demotion = ""
+        self.id = ""
         self._options = options
         self._terminal = terminal
         self._label = label
@@ -403,7 +437,12 @@ class Answer:
         headers = exchange.headers
         age = headers.get("age", "")
         self._cache = headers.get("x-cache", "").lower() + (f" ({age} s old)" if age else "")
-        names = ("served_by", "x-served-by"), ("attempts", "x-portway-attempts"), ("warnings", "x-portway-warning")
+        names = (
+            ("served_by", "x-served-by"),
+            ("attempts", "x-portway-attempts"),
+            ("council", "x-council"),
+            ("warnings", "x-portway-warning"),
+        )
         self._learn({fact: headers[header] for fact, header in names if header in headers})
         if headers.get("content-type", "").startswith("text/event-stream"):
             self._streamed = True
@@ -416,7 +455,7 @@ class Answer:
         terminal, text = self._terminal, self.text
         if not text:
             thought = ": all its tokens went into thinking" if self._thought else ""
-            raise Failure(f"{self._served_by or 'the model'} gave an empty answer{thought}")
+            raise Failure(f"{self._served_by or 'the model'} gave an empty answer{thought}", code="empty_answer")
         if self._options.extract:
             terminal.answer(self._code(text))
         elif not self._streamed:
@@ -445,9 +484,11 @@ class Answer:
     def _read_whole(self, body: dict[str, Any]) -> None:
         if "error" in body:
             raise Failure(_message(body))
+        self._learn(body.get("portway") or {})
         self._take(body, "message")
 
     def _take(self, chunk: dict[str, Any], part: str) -> None:
+        self.id = self.id or str(chunk.get("id") or "")
         self._usage = chunk.get("usage") or self._usage
         for choice in chunk.get("choices") or ():
             message = choice.get(part) or {}
@@ -471,8 +512,13 @@ class Answer:
         self._served_by = facts.get("served_by") or self._served_by
         self._attempts = facts.get("attempts") or self._attempts
         asked = self._attempts.partition("=")[0]
-        if asked and self._served_by not in ("", asked) and not self.demotion:
-            self.demotion = f"[degraded: {asked} \u2192 {self._served_by}]"
+        how = ""
+        if "(" in self._served_by:  # council(a,b>c): then the attempts are those of its members, and no chain's
+            how = _stood_in(facts)
+        elif asked and self._served_by not in ("", asked):
+            how = f"{asked} \u2192 {self._served_by}"
+        if how and not self.demotion:
+            self.demotion = f"[degraded: {how}]"
             self._terminal.note(self.demotion)
         warnings = facts.get("warnings") or []
         for warning in [warnings] if isinstance(warnings, str) else warnings:
@@ -482,7 +528,8 @@ class Answer:
         code = code_block(text)
         if code is None or (self._finish == "length" and not code.closed):
             self._terminal.note(text)  # a person may want it; a shell that runs stdout must not get it
-            raise Failure("no code block in the answer" if code is None else "the code block is not complete")
+            what = "no code block in the answer" if code is None else "the code block is not complete"
+            raise Failure(what, code="no_code_block")
         return code.text
 
     def _summary(self, seconds: float) -> str:
@@ -494,6 +541,20 @@ class Answer:
         if "completion_tokens" in usage:
             facts.append(f"{usage.get('prompt_tokens', '?')} + {usage['completion_tokens']} tokens")
         return f"[{'; '.join(facts)}; {seconds:.{2 if seconds < 10 else 0}f} s]"
+
+
+def _stood_in(facts: Mapping[str, Any]) -> str:
+    """Who of a council, or of a cascade's last step, did not answer as itself; "" if all did, or if that is not
+    known yet."""
+    seats = [*(facts.get("members") or ()), facts.get("chairman") or {}] if facts.get("council") == "degraded" else []
+    said = []
+    for seat in (*seats, *(facts.get("steps") or ())[-1:]):
+        name, served_by, status = seat.get("model") or "", seat.get("served_by") or "", seat.get("status") or "ok"
+        if status != "ok":
+            said.append(f"{name}: {status}")
+        elif served_by not in ("", name):
+            said.append(f"{name} \u2192 {served_by}")
+    return ", ".join(said)
 
 
 def _events(pieces: Iterable[bytes]) -> Iterator[bytes]:
@@ -521,7 +582,7 @@ def _check_json(text: str) -> None:
     try:
         loads(text)
     except ValueError as exc:
-        raise Failure(f"the answer is not valid JSON: {exc}") from None
+        raise Failure(f"the answer is not valid JSON: {exc}", code="not_json") from None
 
 
 class Code:
@@ -561,8 +622,10 @@ def _connect(address: Address, environ: Mapping[str, str], tick: Any = None) -> 
         return Exchange(address, tick)
     except Unreachable as exc:
         if environ.get("PORTWAY_URL"):
-            raise Failure(f"nothing answers at PORTWAY_URL={address.url} ({exc})", NOT_RUNNING) from None
-        raise Failure(f"Portway is not running ({exc}). Start it: portway serve", NOT_RUNNING) from None
+            message = f"nothing answers at PORTWAY_URL={address.url} ({exc})"
+        else:
+            message = f"Portway is not running ({exc}). Start it: portway serve"
+        raise Failure(message, NOT_RUNNING, "not_running") from None
 
 
 def _headers(options: Options, environ: Mapping[str, str]) -> dict[str, str]:

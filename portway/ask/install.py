@@ -14,7 +14,10 @@ import sys
 from collections.abc import Mapping
 
 # all that `ask` consists of, as paths in the package
-MODULES = ("__init__.py", *(f"ask/{name}.py" for name in ("__init__", "command", "client", "manual", "terminal")))
+MODULES = (
+    "__init__.py",
+    *(f"ask/{name}.py" for name in ("__init__", "command", "client", "journal", "manual", "terminal")),
+)
 MARK = "# Written by `portway ask-install`"
 SHEBANG_MAX = 127  # bytes; Linux cut longer ones before 5.1, and macOS has its own limit
 

@@ -124,7 +124,8 @@ DESCRIPTION
     name. Without QUESTION, standard input is the question.
 
     If the model that was asked fails, Portway may ask another one. Then stderr
-    always says so: [degraded: fast-9b \u2192 fast-1b].
+    always says so: [degraded: fast-9b \u2192 fast-1b]; likewise if one of a council
+    did not answer.
 
     On a terminal, control characters in an answer are shown, not obeyed. Into a
     pipe the answer goes as it is, in UTF-8.
@@ -161,6 +162,10 @@ ENVIRONMENT
 FILES
     ${XDG_STATE_HOME:-~/.local/state}/portway/last-answer
         the last whole answer, for --last; only its owner may read it
+    ${XDG_DATA_HOME:-~/.local/share}/portway/log.jsonl
+        Portway's log: `portway stats` sums it up. How an ask ended is added if
+        Portway can't know: that it was not running, or why the answer would not
+        do. No text of questions or answers stands there
 
 EXAMPLES
     ask "what does SIGPIPE do?"
@@ -217,9 +222,11 @@ def completion(shell: str) -> str:
 _BASH = """\
 # bash completion for ask: eval "$(ask --completion bash)"
 _ask() {
-    local word=${COMP_WORDS[COMP_CWORD]} IFS=$' \t\n'
+    local word=${COMP_WORDS[COMP_CWORD]} before=${COMP_WORDS[COMP_CWORD - 1]} IFS=$' \t\n'
+    [[ $word == = ]] && word=                                   # bash takes --model=NAME for three words
+    [[ $before == = ]] && before=${COMP_WORDS[COMP_CWORD - 2]}
     COMPREPLY=()
-    case ${COMP_WORDS[COMP_CWORD - 1]} in
+    case $before in
     @FILE@) compopt -o filenames 2>/dev/null ;;  # bash's own completion, by `complete -o default`
     @NAME@) COMPREPLY=($(compgen -W "$(ask --tiers 2>/dev/null | awk '{ print $NF }')" -- "$word")) ;;
     @SHELL@) COMPREPLY=($(compgen -W "@SHELLS@" -- "$word")) ;;
@@ -274,7 +281,9 @@ def _zsh() -> str:
     for option in OPTIONS:
         value = f":{option.value.lower()}:{actions[option.value]}" if option.value else ""
         often = "*" if "-f" in option.names else ""
-        lines += [f"        '{often}{name}[{option.short}]{value}' \\" for name in option.names]
+        for name in option.names:
+            taking = ("=" if name.startswith("--") else "+") if value else ""  # the value may be in the same word
+            lines.append(f"        '{often}{name}{taking}[{option.short}]{value}' \\")
     return _filled(_ZSH, {"@OPTIONS@": "\n".join(lines)})
 
 

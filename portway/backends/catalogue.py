@@ -14,8 +14,9 @@ from typing import TYPE_CHECKING, Any
 
 from portway.backends.transport import Patience, Pool
 from portway.backends.upstream import MAX_ERROR, error_of, request_head
-from portway.call import Limits
+from portway.call import Limits, finish
 from portway.errors import BackendError
+from portway.memory import llama_swap
 from portway.watch import NoClient
 from portway.wire.events import WireError, dumps, loads
 
@@ -197,7 +198,7 @@ def _listed(entry: Mapping[str, Any] | None) -> Facts:
 
 def _aliases(entry: Mapping[str, Any]) -> list[Any]:
     aliases = entry.get("aliases")
-    return aliases if isinstance(aliases, list) else []
+    return [*(aliases if isinstance(aliases, list) else []), *llama_swap.aliases_of(entry)]
 
 
 _ASK: Mapping[str, Callable[[Pool, Any, list[Any]], dict[str, Facts]]] = {"ollama": _ask_ollama, "openai": _ask_openai}
@@ -215,11 +216,11 @@ def _question(pool: Pool, backend: Backend, method: str, path: str, body: bytes 
     end = time.monotonic() + PATIENCE
     limits = Limits(PATIENCE, PATIENCE, PATIENCE, PATIENCE, end, end)
     request = b"%s%d\r\n\r\n%s" % (request_head(backend, path, method), len(body), body)
-    reply = pool.exchange(request, limits, NoClient(), Patience(limits, plain=True))
+    reply = finish(pool.exchange(request, limits, NoClient(), Patience(limits, plain=True)))
     try:
         if reply.head.status != 200:
             raise _refusal(reply, path, backend)
-        value = loads(reply.read_all(MAX_LIST))
+        value = loads(finish(reply.read_all(MAX_LIST)))
     except WireError as exc:
         raise BackendError("bad_answer", f"it answered {path} with {exc}") from None
     finally:
@@ -234,7 +235,7 @@ def _refusal(reply: Reply, path: str, backend: Backend) -> _Refused:
     if status in (404, 405, 501):  # not of a model, which is what error_of() would take it for
         way_out = f"correct backends.{backend.name}.url or its kind"
         return _Refused("bad_answer", f"it has no {path} ({status})", way_out=way_out)
-    error = error_of(reply, path, backend)
+    error = finish(error_of(reply, path, backend))
     return _Refused(error.reason, f"it answered {path} with {status}: {error.message}", way_out=error.way_out)
 
 

@@ -17,6 +17,7 @@ from portway.errors import BackendError
 if TYPE_CHECKING:
     from portway.config import Backend
 
+KEY = "[api_key]"  # stands in for a backend's key in what it says
 MAX_MESSAGE = 2000  # characters of a backend's own words that are passed on
 
 # Statuses that need no words. 402: out of credit, so nothing on this backend will work; 529: overloaded.
@@ -87,7 +88,11 @@ _REQUEST_PHRASES = (
 # A chat template that these messages break: the same messages will break it again.
 _TEMPLATE_PHRASES = ("jinja", "chat template", "chat_template", "roles must alternate", "apply template", "template: :")
 
-_NO_MODEL = re.compile(r"model .*(not found|not exist)|no such model|model_not_found")
+_NO_MODEL = re.compile(
+    r"model .*(not found|not exist)|no such model|model_not_found"
+    r"|no router for (requested )?model|no router found for model|no peer model found"  # llama-swap
+    r"|could not find (real modelid|suitable inference handler) for"  # llama-swap until 2026
+)
 
 
 def classify(
@@ -106,6 +111,9 @@ def classify(
     of the model. retry_after: seconds from the Retry-After header. body: the answer's body; kept only
     where it is to be forwarded as it came (bad_request).
     """
+    if backend.api_key is not None:  # some servers quote it
+        message = message.replace(backend.api_key, KEY)
+        body = body and body.replace(backend.api_key.encode(), KEY.encode())
     words = f"{message} {type or ''}".lower()
     message = _clean(message) or f"Backend '{backend.name}' answered {status} and gave no reason."
     reason, detail = _reason(status, words)

@@ -6,7 +6,7 @@ only so can a stalled answer be told from a long one, and does Ollama notice tha
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from portway.backends.failures import in_stream
@@ -38,7 +38,7 @@ class OllamaBackend:
         self._pool = Pool(backend)
         self._heads = {endpoint: request_head(backend, path) for endpoint, path in PATHS.items()}
 
-    def open(self, call: Call, target: Model, limits: Limits, watch: Watch) -> Answer:
+    async def open(self, call: Call, target: Model, limits: Limits, watch: Watch) -> Answer:
         """Translate, send, and return once a successful answer's head is in. Raises BackendError,
         ClientError (the call itself can't be served by anybody) and ClientGone."""
         payload, warnings = _TRANSLATE[call.endpoint](call.body, target)
@@ -46,9 +46,9 @@ class OllamaBackend:
         request = b"%s%d\r\n\r\n%s" % (self._heads[call.endpoint], len(body), body)
         patience = Patience(limits, plain=call.endpoint == "embeddings")
         watch.phase = "prompt"  # it queues, loads and reads the prompt without a word
-        reply = self._pool.exchange(request, limits, watch, patience)
+        reply = await self._pool.exchange(request, limits, watch, patience)
         if reply.head.status != 200:
-            raise error_of(reply, target.model, target.backend)
+            raise await error_of(reply, target.model, target.backend)
         if call.endpoint == "embeddings":
             return EmbeddingAnswer(call, target, reply, warnings, len(payload["input"]))
         stream = ChatStream(call, target, prompt_chars(payload))
@@ -83,47 +83,61 @@ class OllamaAnswer:
         self._target = target
         self._reply = reply
         self._waiting = waiting
+        self._reader = NDJSONReader()
+        self._begun = False  # a piece has been given
+        self._answering = False  # content has come
+        self._read = False  # a line has been read
+        self._error: BackendError | None = None  # comes behind what has been given
 
-    def whole(self) -> bytes:
+    async def whole(self) -> bytes:
         """See Answer.whole."""
-        for _ in self._pieces():
-            pass
+        await self._first()
+        while not self._stream.done:
+            await self._next()
         return dumps(self._stream.whole())
 
-    def pieces(self) -> Iterator[bytes]:
-        """See Answer.pieces. A piece holds what one read gave: one write for all of it."""
-        return broken_once_begun((piece for piece in self._pieces() if piece), self._target)
+    async def piece(self) -> bytes:
+        """See Answer.piece. A piece holds what one read gave: one write for all of it."""
+        if not self._begun:
+            piece = await self._first()
+            self._begun = True
+            return piece
+        piece = b""
+        self._waiting.patience.content()  # only now: the client may have taken its time over the last one
+        try:
+            while not piece and not self._stream.done:
+                piece, _ = await self._next()
+        except BackendError as exc:
+            raise broken_once_begun(exc, self._target) from exc
+        return piece
 
-    def close(self) -> None:
+    async def close(self) -> None:
         """See Answer.close."""
         if self._stream.done:
-            self._reply.settle()
+            await self._reply.settle()
         self._reply.close()
 
-    def _pieces(self) -> Iterator[bytes]:
-        """What each read gave, from the first content on; b"" where it was nothing to be seen."""
-        stream, held, content = self._stream, b"", False
-        for lines in self._lines():
-            frames, has_content, error = self._feed(lines)
+    async def _first(self) -> bytes:
+        """All events up to the first read that brought content."""
+        held, content = b"", False
+        while not (content or self._stream.done):
+            frames, content = await self._next()
             held += frames
-            content = content or has_content
-            if content or stream.done:
-                self._waiting.watch.phase = "answer"
-                if self.tally.truncated:
-                    self.warnings.append("prompt_truncated")
-                yield held
-                self._waiting.patience.content()  # only now: the client may have taken its time over it
-                held = b""
-            if error:
-                raise error
-            if stream.done:
-                return
+        self._answering = True
+        self._waiting.watch.phase = "answer"
+        self._waiting.patience.content()
+        return held
 
-    def _feed(self, lines: list[bytes]) -> tuple[bytes, bool, BackendError | None]:
-        """(events, whether there was content, error): as far as a line that is an error; what stands before
-        it still counts."""
+    async def _next(self) -> tuple[bytes, bool]:
+        """(events, whether there was content) of what the next read brings. An error comes alone: what stands
+        before it still counts."""
+        if self._error is not None:
+            raise self._error
         frames, content = b"", False
         try:
+            lines = await self._lines()
+            if lines and self._answering:  # empty lines, which some proxies ping with, are none
+                self._waiting.patience.content()
             for line in lines:
                 more, has_content = self._stream.feed(_object(line))
                 frames += more
@@ -131,23 +145,24 @@ class OllamaAnswer:
                 if self._stream.done:
                     break
         except BackendError as exc:
-            return frames, content, exc
-        return frames, content, None
+            if not frames:
+                raise
+            self._error = exc
+        if self.tally.truncated and "prompt_truncated" not in self.warnings:
+            self.warnings.append("prompt_truncated")
+        return frames, content
 
-    def _lines(self) -> Iterator[list[bytes]]:
-        reader = NDJSONReader()
-        begun = False
+    async def _lines(self) -> list[bytes]:
+        """What one read brings."""
         try:
-            while data := self._reply.read():
-                if lines := reader.feed(data):
-                    begun = True
-                    yield lines
-            if last := reader.finish():
-                begun = True
-                yield [last]
+            data = await self._reply.read()
+            lines = self._reader.feed(data) if data else [last for last in [self._reader.finish()] if last]
         except WireError as exc:
             raise BackendError("bad_answer", f"the answer is not what it should be: {exc}") from None
-        if not begun:
+        self._read = self._read or bool(lines)
+        if data or lines:
+            return lines
+        if not self._read:
             raise BackendError("empty_answer", "the answer has no body")
         raise BackendError("connection_lost", "the answer ended before it was complete")
 
@@ -163,20 +178,20 @@ class EmbeddingAnswer:
         self._reply = reply
         self._count = count
 
-    def whole(self) -> bytes:
+    async def whole(self) -> bytes:
         """See Answer.whole."""
-        value = _object(self._reply.read_all())
+        value = _object(await self._reply.read_all())
         if value.get("error"):
             raise in_stream(value["error"], model=self._target.model, backend=self._target.backend)
         body = embed_response(value, self._target.name, self._call.body.get("encoding_format"), self._count)
         self.tally.prompt_tokens = body.get("usage", {}).get("prompt_tokens")
         return dumps(body)
 
-    def pieces(self) -> Iterator[bytes]:
+    async def piece(self) -> bytes:
         """Embeddings are not streamed."""
         raise BackendError("unsupported", "embeddings are not streamed")
 
-    def close(self) -> None:
+    async def close(self) -> None:
         """See Answer.close."""
         self._reply.close()
 

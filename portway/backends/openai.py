@@ -11,7 +11,8 @@ from __future__ import annotations
 
 import re
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 from portway.backends.failures import in_stream
@@ -23,7 +24,7 @@ from portway.wire.events import DONE, SSEReader, WireError, dumps, loads, sse
 from portway.wire.think_tags import OPEN, ThinkTags
 
 if TYPE_CHECKING:
-    from portway.call import Call, Limits, Watch
+    from portway.call import Answer, Call, Limits, Watch
     from portway.config import Backend, Model
 
 PATHS: Mapping[str, str] = {
@@ -33,7 +34,7 @@ PATHS: Mapping[str, str] = {
 }
 LOADING_PAUSE = 0.25  # seconds between two questions to a server that says "Loading model"; it offers no event
 LOADING_AGAIN = 10.0  # seconds after which a client may ask again for a model that is still being loaded
-MAX_KEPT = 4 * 1024 * 1024  # bytes of relayed chunks kept for counting after the end
+BATCH = 65_536  # bytes of relayed chunks that are counted at once: less than a millisecond, and never more are kept
 
 
 class OpenAIBackend:
@@ -43,7 +44,7 @@ class OpenAIBackend:
         self._pool = Pool(backend)
         self._heads = {endpoint: request_head(backend, path) for endpoint, path in PATHS.items()}
 
-    def open(self, call: Call, target: Model, limits: Limits, watch: Watch) -> OpenAIAnswer:
+    async def open(self, call: Call, target: Model, limits: Limits, watch: Watch) -> Answer:
         """Send it and return once a successful answer's head is in. Raises BackendError, ClientGone."""
         body, warnings = request_body(call, target)
         request = b"%s%d\r\n\r\n%s" % (self._heads[call.endpoint], len(body), body)
@@ -53,11 +54,13 @@ class OpenAIBackend:
         load_until = min(started + limits.load, limits.answer_by)
         while True:
             patience = Patience(limits, plain=not call.stream)
-            reply = self._pool.exchange(request, limits, watch, patience)
+            reply = await self._pool.exchange(request, limits, watch, patience)
             if reply.head.status == 200:
                 watch.phase = "prompt"
-                return OpenAIAnswer(call, target, reply, patience, warnings)
-            error = error_of(reply, target.model, target.backend)
+                if call.stream:
+                    return StreamAnswer(call, target, reply, patience, warnings)
+                return WholeAnswer(call, target, reply, warnings)
+            error = await error_of(reply, target.model, target.backend)
             if error.reason != "loading_timeout":
                 raise error
             now = time.monotonic()
@@ -65,7 +68,7 @@ class OpenAIBackend:
                 message = f"still loading its model after {now - started:.1f} s"
                 raise BackendError("loading_timeout", message, retry_after=LOADING_AGAIN)
             watch.phase = "loading"
-            watch.pause(min(now + LOADING_PAUSE, load_until))
+            await watch.pause(min(now + LOADING_PAUSE, load_until))
 
     def close(self) -> None:
         """See Backend.close (call.py)."""
@@ -74,7 +77,8 @@ class OpenAIBackend:
 
 # --- the request ----------------------------------------------------------------------------------
 
-_MODEL_MEMBER = re.compile(rb'"model"\s*:\s*"(?:[^"\\]|\\.)*"')
+_MODEL_KEY = b'"model"'
+_MODEL_MEMBER = re.compile(rb'"model"\s*:\s*("(?:[^"\\]|\\.)*")')
 _ESCAPED_KEY = b"\\u006"  # how each letter of "model" begins when written as an escape
 _LIMITS = ("max_tokens", "max_completion_tokens", "n_predict")  # the last one is llama-server's own
 
@@ -83,11 +87,14 @@ def request_body(call: Call, target: Model) -> tuple[bytes, list[str]]:
     """(the client's body with Portway's changes, warnings); the client's own bytes wherever that is possible."""
     asked = call.body
     warnings: list[str] = []
-    changes: dict[str, Any] = {key: value for key, value in target.params.items() if asked.get(key) is None}
+    changes: dict[str, Any] = {}
+    if target.params:
+        changes = {key: value for key, value in target.params.items() if asked.get(key) is None}
     if call.stream:
         changes |= _usage_wanted(asked.get("stream_options"))
     if call.endpoint == "chat":
-        changes |= _thinking(asked, target)
+        if target.think is not None:
+            changes |= _thinking(asked, target)
         if target.merge_system:
             changes |= _merged(asked["messages"])
     if call.endpoint != "embeddings" and target.max_tokens is not None:
@@ -95,8 +102,9 @@ def request_body(call: Call, target: Model) -> tuple[bytes, list[str]]:
         if any(asked.get(key) is not None for key in capped):
             warnings.append("capped(max_tokens)")
         changes |= capped
-    if any(key in asked for key in changes):
-        return dumps({**asked, **changes, "model": target.model}), warnings
+    for key in changes:
+        if key in asked:
+            return dumps({**asked, **changes, "model": target.model}), warnings
     return splice(call.raw, asked, target.model, changes), warnings
 
 
@@ -104,19 +112,29 @@ def splice(raw: bytes, body: dict[str, Any], model: str, additions: dict[str, An
     """`raw`, which is `body`, with another model and with members that it lacks, else untouched.
 
     Only where the model's one member can be told from the bytes: it is there, `"model"` stands once,
-    and no key is written with escapes. Else the whole body is written anew.
+    and no key is written with escapes. Else the whole body is written anew. The searches are those that
+    cost least in a long text: a backslash is found by memchr, and rfind() of `"model"`, which looks for
+    its first byte first, takes a fifth of find() or count().
     """
-    plain = isinstance(body.get("model"), str) and raw.count(b'"model"') == 1 and _ESCAPED_KEY not in raw
-    found = _MODEL_MEMBER.search(raw) if plain else None
+    at = raw.rfind(_MODEL_KEY)
+    if at < 0 or raw.find(_MODEL_KEY, 0, at) >= 0 or not isinstance(body.get("model"), str) or _has_escaped_key(raw):
+        return dumps({**body, **additions, "model": model})
+    found = _MODEL_MEMBER.match(raw, at)
     if found is None:
         return dumps({**body, **additions, "model": model})
-    start = raw.index(b"{")  # after a byte order mark, maybe
-    return b'{%s%s"model":%s%s' % (
-        dumps(additions)[1:-1] + b"," if additions else b"",
-        raw[start + 1 : found.start()],
-        dumps(model),
-        raw[found.end() :],
-    )
+    start, end = found.span(1)
+    first = raw.index(b"{") + 1  # after a byte order mark, maybe
+    more = dumps(additions)[1:-1] + b"," if additions else b""
+    return b"{%b%b%b%b" % (more, raw[first:start], _quoted(model), raw[end:])
+
+
+@lru_cache(maxsize=256)
+def _quoted(name: str) -> bytes:
+    return dumps(name)
+
+
+def _has_escaped_key(raw: bytes) -> bool:
+    return b"\\" in raw and _ESCAPED_KEY in raw
 
 
 def _usage_wanted(options: Any) -> dict[str, Any]:
@@ -164,21 +182,19 @@ def _capped(body: Mapping[str, Any], most: int) -> dict[str, int]:
 # --- the answer -----------------------------------------------------------------------------------
 
 
-class OpenAIAnswer:
-    """An Answer (call.py) read from an OpenAI server."""
+class WholeAnswer:
+    """An Answer (call.py) of an OpenAI server in one document."""
 
-    def __init__(self, call: Call, target: Model, reply: Reply, patience: Patience, warnings: list[str]) -> None:
+    def __init__(self, call: Call, target: Model, reply: Reply, warnings: list[str]) -> None:
         self.tally = Tally()
         self.warnings = warnings
         self._call = call
         self._target = target
         self._reply = reply
-        self._patience = patience
-        self._relay = _Relay(call, target, self.tally)
 
-    def whole(self) -> bytes:
+    async def whole(self) -> bytes:
         """See Answer.whole."""
-        raw = self._reply.read_all()
+        raw = await self._reply.read_all()
         body = _document(raw, self._target)
         changed = False
         if self._call.endpoint != "embeddings":
@@ -195,60 +211,102 @@ class OpenAIAnswer:
             return dumps({**body, "model": self._target.name})
         return splice(raw, body, self._target.name, {})
 
-    def pieces(self) -> Iterator[bytes]:
-        """See Answer.pieces. A piece holds every event that one read gave: one write for all of them."""
-        return broken_once_begun(self._pieces(), self._target)
+    async def piece(self) -> bytes:
+        """It was not asked for as a stream."""
+        raise BackendError("unsupported", "this answer is not streamed")
 
-    def close(self) -> None:
+    async def close(self) -> None:
+        """See Answer.close."""
+        self._reply.close()
+
+
+class StreamAnswer:
+    """An Answer (call.py) of an OpenAI server as a stream."""
+
+    def __init__(self, call: Call, target: Model, reply: Reply, patience: Patience, warnings: list[str]) -> None:
+        self.tally = Tally()
+        self.warnings = warnings
+        self._target = target
+        self._reply = reply
+        self._patience = patience
+        self._relay = _Relay(call, target, self.tally)
+        self._reader = SSEReader()
+        self._tail = b""  # what came behind the last whole event, not yet looked at
+        self._begun = False  # a piece has been given
+        self._error: BackendError | None = None  # comes behind what has been given
+
+    async def whole(self) -> bytes:
+        """It was asked for as a stream."""
+        raise BackendError("unsupported", "this answer is streamed")
+
+    async def piece(self) -> bytes:
+        """See Answer.piece. A piece holds every event that one read gave: one write for all of them."""
+        if self._relay.ended:
+            return b""
+        if not self._begun:
+            piece = await self._first()
+            self._begun = True
+            return piece
+        self._patience.content()  # only now: the client may have taken its time over the last one
+        try:
+            while not (piece := await self._next()):
+                pass
+        except BackendError as exc:
+            raise broken_once_begun(exc, self._target) from exc
+        return piece
+
+    async def close(self) -> None:
         """See Answer.close; also completes the tally with what was relayed unread."""
         if self._relay.ended:
-            self._reply.settle()
+            await self._reply.settle()
         self._reply.close()
         self._relay.count()
 
-    def _pieces(self) -> Iterator[bytes]:
+    async def _first(self) -> bytes:
+        """All events up to the first read that brought content."""
         if "event-stream" not in self._reply.head.headers.get("content-type", "event-stream").lower():
-            raise self._not_a_stream()
-        relay, held = self._relay, b""
-        for events in self._events():
-            frames, error = relay.frames(events)
-            held += frames
-            if held and (relay.content or relay.ended):
-                yield held
-                self._patience.content()  # only now: the client may have taken its time over it
-                held = b""
-            if error:
-                raise error
-            if relay.ended:
-                return
+            raise await self._not_a_stream()
+        held = b""
+        while not (held and (self._relay.content or self._relay.ended)):
+            held += await self._next()
+        return held
 
-    def _events(self) -> Iterator[list[bytes]]:
-        """The data of the events, as they come; at the end of the connection [DONE] if it is due."""
-        reader = SSEReader()
-        lost: BackendError | None = None
+    async def _next(self) -> bytes:
+        """What the next read brings, as the client gets it. An error comes alone: what stands before it counts."""
+        if self._error is not None:
+            raise self._error
         try:
-            while data := self._reply.read():
-                if events := reader.feed(data):
-                    yield events
-            if last := reader.finish():
-                yield [last]
+            data = self._tail + await self._reply.read()
+        except BackendError as exc:  # behind a whole answer a connection that breaks has ended
+            if exc.reason != "connection_lost" or not self._relay.finished:
+                raise
+            data = self._tail
+        end = data.rfind(b"\n\n") + 2
+        if end > 1 and not self._reader.pending and (block := self._relay.block(data[:end])):
+            self._tail = data[end:]
+            return block
+        self._tail = b""
+        frames, self._error = self._relay.frames(self._events(data))
+        return frames if frames or self._error is None else await self._next()
+
+    def _events(self, data: bytes) -> list[bytes]:
+        """The data of the events that one read brought; at the end of the connection [DONE] if it is due."""
+        try:
+            if data:
+                return self._reader.feed(data)
+            if last := self._reader.finish():
+                return [last]
         except WireError as exc:
             raise BackendError("bad_answer", f"the stream is not what it should be: {exc}") from None
-        except BackendError as exc:
-            if exc.reason != "connection_lost":
-                raise
-            lost = exc
         if self._relay.finished:  # some servers end without [DONE]
-            yield [b"[DONE]"]
-        if lost:
-            raise lost
+            return [b"[DONE]"]
         if not self._relay.begun:
             raise BackendError("empty_answer", "the stream is empty")
         raise BackendError("connection_lost", "the stream ended before the answer did")
 
-    def _not_a_stream(self) -> BackendError:
+    async def _not_a_stream(self) -> BackendError:
         kind = self._reply.head.headers.get("content-type", "")
-        raw = self._reply.read_all(MAX_ERROR)
+        raw = await self._reply.read_all(MAX_ERROR)
         if raw.lstrip()[:1] in (b"", b"{"):
             _document(raw, self._target)  # an error, most likely
         return BackendError("bad_answer", f"not an event stream but {kind[:60]}")
@@ -300,28 +358,34 @@ class _Relay:
                 if data == b"[DONE]":
                     frames.append(self.end())
                     break
-                frames.append(self.quick(data) or self.frame(data))
+                frames.append(self.block(sse(data)) or self.frame(data))
         except BackendError as exc:
             error = exc
         return b"".join(frames), error
 
-    def quick(self, data: bytes) -> bytes | None:
-        """The frame of a chunk that is like the ones before it and only needs the model's name;
-        None if it must be looked at. The needles cannot stand inside a JSON string: there each
-        quote has a backslash before it."""
-        for needle in self._needles:
-            if needle not in data:
-                return None
-        if not self._needles or b'"error"' in data or b'"reasoning' in data or data.count(self._old_model) != 1:
+    def block(self, data: bytes) -> bytes | None:
+        """What one read brought, if that is nothing but whole chunks like the ones before, which only need the
+        model's name; None if it must be taken apart. Chunks are not parsed, nor even told from one another: each
+        thing that makes them ordinary stands there as often as there are chunks. A needle cannot stand inside
+        a JSON string: there each quote has a backslash before it."""
+        needles = self._needles
+        if not needles or data[:7] != b"data: {" or data[-3:] != b"}\n\n":
             return None
-        if (b'"usage"' in data) is not self._null_usage or b"\n" in data or data[0] != 0x7B or data[-1] != 0x7D:
+        count = data.count(b"\n\n")
+        if data.count(b"\n") != 2 * count or (count > 1 and data.count(b"}\n\ndata: {") != count - 1):
+            return None
+        for needle in needles:
+            if data.count(needle) != count:
+                return None
+        if b'"error"' in data or b'"reasoning' in data or (b'"usage"' in data) is not self._null_usage:
             return None
         if not (data.isascii() or _is_utf8(data)):
             return None
-        if self._kept_bytes < MAX_KEPT:
-            self._kept.append(data)
-            self._kept_bytes += len(data)
-        return b"data: %s\n\n" % data.replace(self._old_model, self._new_model)
+        self._kept.append(data)
+        self._kept_bytes += len(data)
+        if self._kept_bytes >= BATCH:
+            self.count()
+        return data.replace(self._old_model, self._new_model)
 
     def frame(self, data: bytes) -> bytes:
         """The frame of any chunk; b"" if the client should not see it. Raises BackendError."""
@@ -331,6 +395,7 @@ class _Relay:
         for choice in choices:
             self._look_at(choice)
         if self.content and not self._learned:
+            self._name(chunk)
             self._learn(data, chunk)
         read_usage(chunk, self._tally)
         usage = chunk.get("usage")
@@ -355,14 +420,25 @@ class _Relay:
         return frames + DONE
 
     def count(self) -> None:
-        """Add what the chunks hold that `quick` relayed unread."""
-        kept, self._kept = self._kept, []
-        for data in kept:
+        """Add what the chunks hold that `block` relayed unread."""
+        kept, self._kept, self._kept_bytes = self._kept, [], 0
+        try:
+            self._count_all(b"".join(kept))  # at once: most of what it costs does not depend on how much it is
+        except WireError:
+            for block in kept:
+                try:
+                    self._count_all(block)
+                except WireError:
+                    continue  # it was relayed as it came, and what it is does not count any more
+
+    def _count_all(self, block: bytes) -> None:
+        chunks = loads(b"[%b]" % block[6:-2].replace(b"\n\ndata: ", b","))
+        for chunk in chunks:
             try:
-                for choice in _choices(loads(data)):
+                for choice in _choices(chunk):
                     count_choice(choice, self._tally)
-            except (WireError, BackendError):
-                continue  # it was relayed as it came, and what it is does not count any more
+            except BackendError:
+                continue  # likewise
 
     def _look_at(self, choice: dict[str, Any]) -> None:
         index = choice.get("index")
@@ -401,30 +477,36 @@ class _Relay:
             self._settled.add(index)
             self._tags.pop(index)
 
-    def _own(self, chunk: dict[str, Any]) -> dict[str, Any]:
-        """The chunk under the stream's one id and time, and the name of the model that serves."""
+    def _name(self, chunk: Mapping[str, Any]) -> None:
+        """The stream's one id and time are its first chunk's."""
         if self._id is None:
             self._id, self._created = chunk.get("id") or self._call.id, chunk.get("created") or self._call.created
+
+    def _own(self, chunk: dict[str, Any]) -> dict[str, Any]:
+        """The chunk under the stream's one id and time, and the name of the model that serves."""
+        self._name(chunk)
         add_reasoning_alias(chunk, "delta")
         chunk["id"], chunk["created"], chunk["model"] = self._id, self._created, self._target.name
         return chunk
 
     def _learn(self, data: bytes, chunk: dict[str, Any]) -> None:
-        """Take the needles for `quick` from the first chunk with content, once no tag can come any more."""
+        """Take the needles for `block` from the first chunk with content, once no tag can come any more."""
         if self._count > 1 or (self._chat and not self._settled):
             return
         self._learned = True
-        model = chunk.get("model")
         self._null_usage = "usage" in chunk and chunk["usage"] is None
-        self._own(dict(chunk, choices=[]))
-        members = [("id", self._id), ("created", self._created), ("model", model), ("finish_reason", None)]
-        members += [("usage", None)] if self._null_usage else []
-        needles = [_member(data, key, value) for key, value in members]
-        if None in needles or chunk.get("id") != self._id or chunk.get("created") != self._created:
+        if chunk.get("id") != self._id or chunk.get("created") != self._created:
             return
-        self._needles = tuple(needle for needle in needles if needle is not None)
-        self._old_model = self._needles[2]
-        self._new_model = b'"model":' + dumps(self._target.name)
+        colon = b'": ' if b'"model": ' in data else b'":'
+        members = {"model": chunk.get("model"), "id": self._id, "created": self._created, "finish_reason": None}
+        if self._null_usage:
+            members["usage"] = None
+        needles = [b'"%b%b%b' % (key.encode(), colon, dumps(value)) for key, value in members.items()]
+        needles[2] += data[data.find(needles[2]) + len(needles[2]) :][:1]  # 12 must not be found in 123
+        if all(needle in data for needle in needles):
+            self._needles = tuple(needles)
+            self._old_model = needles[0]
+            self._new_model = b'"model":' + dumps(self._target.name)
 
 
 def _is_utf8(data: bytes) -> bool:
@@ -433,16 +515,6 @@ def _is_utf8(data: bytes) -> bool:
     except UnicodeDecodeError:
         return False
     return True
-
-
-def _member(data: bytes, key: str, value: Any) -> bytes | None:
-    """`"key":value` as it stands in `data`, with or without a space; None if it is not there."""
-    for colon in (b":", b": "):
-        needle = dumps(key) + colon + dumps(value)
-        end = data.find(needle) + len(needle)
-        if needle in data:
-            return needle + data[end : end + 1] if isinstance(value, int) else needle  # 12 must not be found in 123
-    return None
 
 
 def _expected(n: Any) -> int:
@@ -463,35 +535,47 @@ def read_whole(body: dict[str, Any], tally: Tally, *, chat: bool) -> bool:
     choices = _choices(body)
     if not choices:
         raise BackendError("bad_answer", "the answer has no `choices`")
-    split = [_segregate_whole(choice) for choice in choices] if chat else []
-    content = [count_choice(choice, tally) for choice in choices]
-    if chat and not any(content) and not _may_be_empty(tally):
+    changed = content = False
+    for choice in choices:
+        if chat and _segregate_whole(choice):
+            changed = True
+        if count_choice(choice, tally):
+            content = True
+    if chat and not content and not _may_be_empty(tally):
         raise BackendError("empty_answer", "the answer is empty")
-    return add_reasoning_alias(body, "message") or any(split)
+    if tally.reasoning_chars:
+        changed = add_reasoning_alias(body, "message") or changed
+    return changed
 
 
 def read_usage(body: Mapping[str, Any], tally: Tally) -> None:
     """Take the token counts from an answer's or a chunk's usage."""
     usage = body.get("usage")
-    if isinstance(usage, dict) and not _is_false(usage):
+    if usage and isinstance(usage, dict) and not _is_false(usage):
         tally.prompt_tokens = _known(usage.get("prompt_tokens"), tally.prompt_tokens)
         tally.completion_tokens = _known(usage.get("completion_tokens"), tally.completion_tokens)
     timings = body.get("timings")
-    if isinstance(timings, dict) and isinstance(timings.get("predicted_ms"), int | float):
+    if timings and isinstance(timings, dict) and isinstance(timings.get("predicted_ms"), int | float):
         tally.decode_s = timings["predicted_ms"] / 1000
 
 
 def count_choice(choice: Mapping[str, Any], tally: Tally) -> bool:
     """Count one choice of a chunk or an answer; whether it carries content."""
-    part = choice.get("delta") or choice.get("message") or {}
-    tally.content_chars += _length(part.get("content")) + _length(choice.get("text")) + _length(part.get("refusal"))
-    tally.reasoning_chars += _length(part.get("reasoning_content") or part.get("reasoning"))
-    calls = part.get("tool_calls")
-    tally.tool_calls += sum(1 for call in _list(calls) if isinstance(call, dict) and call.get("id"))
-    reason = choice.get("finish_reason")
+    part = choice.get("delta") or choice.get("message") or _NOTHING
+    content, text, reason = part.get("content"), choice.get("text"), choice.get("finish_reason")
+    if isinstance(content, str):
+        tally.content_chars += len(content)
     if reason and isinstance(reason, str):
         tally.finish_reason = reason
-    return bool(choice.get("text")) or any(part.get(key) for key in _CONTENT)
+    if content and (len(part) == 1 or (len(part) == 2 and "role" in part)):  # nothing else to be seen
+        return True
+    tally.content_chars += _length(text) + _length(part.get("refusal"))
+    tally.reasoning_chars += _length(part.get("reasoning_content") or part.get("reasoning"))
+    tally.tool_calls += sum(1 for call in _list(part.get("tool_calls")) if isinstance(call, dict) and call.get("id"))
+    return bool(text) or any(part.get(key) for key in _CONTENT)
+
+
+_NOTHING: Mapping[str, Any] = {}
 
 
 def add_reasoning_alias(body: Mapping[str, Any], part: str) -> bool:
@@ -508,7 +592,7 @@ def add_reasoning_alias(body: Mapping[str, Any], part: str) -> bool:
 
 def _document(raw: bytes, target: Model) -> dict[str, Any]:
     """An answer or a chunk of one. Raises BackendError, also for an error that came with status 200."""
-    if not raw.strip():
+    if not raw or raw.isspace():
         raise BackendError("empty_answer", "the answer has no body")
     try:
         body = loads(raw)
@@ -527,13 +611,15 @@ def _choices(body: Any) -> list[dict[str, Any]]:
     choices = body.get("choices") if isinstance(body, dict) else None
     if choices is None:
         return []
-    if not isinstance(choices, list) or not all(map(_is_choice, choices)):
-        raise BackendError("bad_answer", "`choices` is not what it should be")
+    if not isinstance(choices, list):
+        raise BackendError("bad_answer", "`choices` is not a list")
+    for choice in choices:
+        if not isinstance(choice, dict):
+            raise BackendError("bad_answer", "`choices` holds something else")
+        for part in (choice.get("delta"), choice.get("message")):
+            if part is not None and not isinstance(part, dict):
+                raise BackendError("bad_answer", "a choice is not what it should be")
     return choices
-
-
-def _is_choice(value: Any) -> bool:
-    return isinstance(value, dict) and all(isinstance(value.get(key), dict | None) for key in ("delta", "message"))
 
 
 def _segregate_whole(choice: dict[str, Any]) -> bool:

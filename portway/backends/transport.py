@@ -16,12 +16,12 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable
-from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from portway.errors import BackendError
+from portway.errors import BackendError, ClientGone, Stopping
+from portway.loop import POLLIN, POLLOUT
 from portway.watch import NoClient
-from portway.wire.http1 import MAX_HEAD, BadMessage, ChunkedDecoder, ResponseHead, parse_response
+from portway.wire.http1 import MAX_HEAD, BadMessage, ChunkedDecoder, Heads, ResponseHead, parse_response
 
 if TYPE_CHECKING:
     import ssl
@@ -61,7 +61,7 @@ class Patience:
 
     def last_call(self, until: float) -> None:
         """Nothing more is needed; wait until then at most."""
-        self._limits = replace(self._limits, deadline=min(until, self._limits.deadline))
+        self._limits = self._limits._replace(deadline=min(until, self._limits.deadline))
         self._heard = time.monotonic()
 
     def until(self) -> float:
@@ -91,7 +91,13 @@ class Reply:
     __slots__ = ("_buffer", "_chunks", "_closed", "_complete", "_connection", "_left", "_patience", "_watch", "head")
 
     def __init__(
-        self, connection: _Connection, head: ResponseHead, buffer: bytes, watch: Watch, patience: Patience
+        self,
+        connection: _Connection,
+        head: ResponseHead,
+        length: int | None,
+        buffer: bytes,
+        watch: Watch,
+        patience: Patience,
     ) -> None:
         self.head = head
         self._connection = connection
@@ -99,11 +105,11 @@ class Reply:
         self._watch = watch
         self._patience = patience
         self._chunks = ChunkedDecoder() if head.chunked else None
-        self._left = head.length
-        self._complete = head.length == 0
+        self._left = length
+        self._complete = length == 0
         self._closed = False
 
-    def read(self) -> bytes:
+    async def read(self) -> bytes:
         """The next bytes of the body, as many as are there; b"" at its end.
 
         Raises BackendError (`connection_lost` when it ends before its end) and ClientGone.
@@ -111,7 +117,7 @@ class Reply:
         while not self._complete:
             data, self._buffer = self._buffer, b""
             if not data:
-                data = self._connection.receive(self._watch, self._patience)
+                data = await self._connection.receive(self._watch, self._patience)
                 if not data:
                     self._at_eof()
                     break
@@ -120,29 +126,40 @@ class Reply:
                 return payload
         return b""
 
-    def read_all(self, limit: int = MAX_PLAIN) -> bytes:
+    async def read_all(self, limit: int = MAX_PLAIN) -> bytes:
         """The rest of the body. Raises like `read`, and `bad_answer` past `limit` bytes."""
+        left = self._left
+        if left is not None:
+            if left > limit:
+                raise _too_long(limit)
+            if left == len(self._buffer):  # all of it came with the head
+                data, self._buffer = self._buffer, b""
+                self._left, self._complete = 0, True
+                return data
         parts: list[bytes] = []
         size = 0
-        if self._left is not None and self._left > limit:
-            raise _too_long(limit)
-        while part := self.read():
+        while part := await self.read():
             parts.append(part)
             size += len(part)
             if size > limit:
                 raise _too_long(limit)
         return parts[0] if len(parts) == 1 else b"".join(parts)
 
-    def settle(self, seconds: float = SETTLE) -> None:
+    async def settle(self, seconds: float = SETTLE) -> None:
         """The answer is whole; read the body's closing bytes if they are there or come at once, so
         that the connection can be kept. The client has all that it needs: it may leave meanwhile."""
-        self._watch = NoClient()
         self._patience.last_call(time.monotonic() + seconds)
-        try:
-            while self.read():
-                pass
-        except BackendError:
-            return  # the connection is not kept, that is all
+        while True:
+            try:
+                while await self.read():
+                    pass
+            except BackendError:
+                pass  # the connection is not kept, that is all
+            except (ClientGone, Stopping):
+                await self._watch.on_thread()
+                self._watch = NoClient()
+                continue
+            return
 
     def close(self) -> None:
         """Back to the pool if the body was read to its end, else closed: that cancels it. Once and for all:
@@ -194,10 +211,11 @@ class Pool:
         self._dialer = _Dialer(backend)
         self._max_idle = backend.max_idle
         self._idle: deque[_Connection] = deque()
+        self.heads = Heads(parse_response)
         self._closed = False
         self.keeps_streams = False  # whether the server has shown that it keeps a connection after a stream
 
-    def exchange(self, request: bytes, limits: Limits, watch: Watch, patience: Patience) -> Reply:
+    async def exchange(self, request: bytes, limits: Limits, watch: Watch, patience: Patience) -> Reply:
         """Send one request and return once its answer's head is in.
 
         A pooled connection that the server has closed meanwhile is replaced; nothing is ever sent
@@ -206,16 +224,16 @@ class Pool:
         connection = self._take()
         if connection is not None:
             try:
-                return connection.ask(request, watch, patience)
+                return await connection.ask(request, watch, patience)
             except _Stale:
                 pass  # a fresh one can't be
-        return _Connection(self, self._dialer.dial(limits, watch)).ask(request, watch, patience)
+        return await _Connection(self, await self._dialer.dial(limits, watch)).ask(request, watch, patience)
 
     def give_back(self, connection: _Connection) -> None:
         """Keep it for the next request; one that must rest first behind those that need not."""
         if len(self._idle) >= self._max_idle:
             connection.close()
-        elif connection.rests():
+        elif connection.rests_until:
             self._idle.appendleft(connection)
         else:
             self._idle.append(connection)
@@ -232,18 +250,19 @@ class Pool:
                 return  # another thread took the last one
 
     def _take(self) -> _Connection | None:
+        now = time.monotonic()
         while True:
             try:
                 connection = self._idle.pop()
             except IndexError:
                 return None
-            if connection.rests():
+            if connection.rests_until > now:
                 self._idle.append(connection)
                 return None
             is_open = connection.is_open()
             if connection.streamed:
                 self.keeps_streams = is_open
-            if is_open and not connection.is_old():
+            if is_open and now < connection.usable_until:
                 return connection
             connection.close()
 
@@ -271,12 +290,12 @@ class _Connection:
         "_pending",
         "_poller",
         "_pool",
-        "_rests_until",
         "_reused",
         "_sent_all",
         "_sock",
-        "_usable_until",
+        "rests_until",
         "streamed",
+        "usable_until",
     )
 
     def __init__(self, pool: Pool, sock: socket.socket) -> None:
@@ -286,14 +305,16 @@ class _Connection:
         # how many bytes the TLS layer holds decrypted: poll() does not know of them
         self._pending: Callable[[], int] = getattr(sock, "pending", int)
         self._poller = select.poll()
-        self._poller.register(sock, select.POLLIN)
+        self._poller.register(sock, POLLIN)
         self._reused = False
         self._sent_all = False  # else the server takes what it reads next for the rest of the last request
-        self._usable_until = 0.0
-        self._rests_until = 0.0
+        self.usable_until = 0.0  # how long the server keeps it, as far as it says
+        # it is too soon to tell if the server keeps it. llama-server promises to, behind a stream, and then
+        # closes; a request that meets that end is read and dropped without an answer
+        self.rests_until = 0.0
         self.streamed = False  # its last answer was a stream
 
-    def ask(self, request: bytes, watch: Watch, patience: Patience) -> Reply:
+    async def ask(self, request: bytes, watch: Watch, patience: Patience) -> Reply:
         """Send, then read the answer's head. Closes itself, whatever it raises.
 
         Raises _Stale when a reused connection turns out reset before a single byte of an answer.
@@ -302,91 +323,89 @@ class _Connection:
         request may have been worked on, and it is an error.
         """
         try:
-            head, rest = self._read_head(self._first_bytes(request, watch, patience), watch, patience)
+            data = await self._first_bytes(request, watch, patience)
+            end = data.find(b"\r\n\r\n")
+            if end < 0:
+                data = await self._rest_of_head(data, watch, patience)
+                end = data.find(b"\r\n\r\n")
+            return await self._reply(data, end, watch, patience)
         except BaseException:
             self.close()
             raise
-        return Reply(self, head, rest, watch, patience)
 
-    def receive(self, watch: Watch, patience: Patience) -> bytes:
+    async def receive(self, watch: Watch, patience: Patience) -> bytes:
         """What has come in; b"" at the connection's end. Raises BackendError and ClientGone."""
-        wanted = select.POLLIN
         while True:
-            if not self._pending():
-                self._wait(wanted, watch, patience)
+            if not (self._is_tls and self._pending()) and not await watch.readable(self._sock, _in_time(patience)):
+                raise patience.expired()
             try:
                 return self._sock.recv(RECEIVE)
             except OSError as exc:
-                wanted = _wanted(exc, select.POLLIN)
+                wanted = _wanted(exc, POLLIN)
                 if not wanted:
                     raise _Reset(exc) from exc
+            if wanted == POLLOUT and not await watch.writable(self._sock, _in_time(patience)):
+                raise patience.expired()
 
     def release(self, head: ResponseHead) -> None:
         """Lay it in the pool, for as long as the server says that it keeps it."""
         if not self._sent_all:
             self.close()
             return
-        seconds = MAX_IDLE_AGE
-        keep_alive = head.headers.get("keep-alive")
-        if keep_alive is not None:
-            seconds = min(seconds, _keep_alive_timeout(keep_alive) - KEEP_ALIVE_MARGIN)
         now = time.monotonic()
-        self._usable_until = now + seconds
+        self.usable_until = now + MAX_IDLE_AGE
+        self.rests_until = 0.0
+        if "keep-alive" in head.headers:
+            seconds = _keep_alive_timeout(head.headers["keep-alive"]) - KEEP_ALIVE_MARGIN
+            self.usable_until = now + min(MAX_IDLE_AGE, seconds)
         self.streamed = "event-stream" in head.headers.get("content-type", "")
-        self._rests_until = now + REST if self.streamed and not self._pool.keeps_streams else 0.0
+        if self.streamed and not self._pool.keeps_streams:
+            self.rests_until = now + REST
         self._reused = True
         self._pool.give_back(self)
 
-    def rests(self) -> bool:
-        """Whether it is too soon to tell if the server keeps it. llama-server promises to, behind a
-        stream, and then closes; a request that meets that end is read and dropped without an answer."""
-        return self._rests_until > time.monotonic()
-
-    def is_old(self) -> bool:
-        """Whether it has lain idle for longer than the server keeps one."""
-        return time.monotonic() >= self._usable_until
-
     def is_open(self) -> bool:
         """Whether the server still keeps this idle connection open: nothing is there to be read."""
-        return not self._poller.poll(0) and not self._pending()
+        return not self._poller.poll(0) and not (self._is_tls and self._pending())
 
     def close(self) -> None:
         self._sock.close()
 
-    def _first_bytes(self, request: bytes, watch: Watch, patience: Patience) -> bytes:
+    async def _first_bytes(self, request: bytes, watch: Watch, patience: Patience) -> bytes:
         """Send, then receive; never b"". See `ask` for what is made of an end."""
         try:
-            self._send(request, watch, patience)
-            data = self.receive(watch, patience)
+            await self._send(request, watch, patience)
+            data = await self.receive(watch, patience)
         except _Reset as exc:
             data = self._last_words()
             if not data:
                 raise self._ended(was_reset=True) from exc
         if not data:
-            raise self._ended(was_reset=self._reused and self._is_reset())
+            raise self._ended(was_reset=self._reused and await self._is_reset(watch))
         return data
 
-    def _send(self, request: bytes, watch: Watch, patience: Patience) -> None:
+    async def _send(self, request: bytes, watch: Watch, patience: Patience) -> None:
         """All of it, or as much as the server wants: one that refuses a large request (400, 401, 413)
         answers before it has read it, and then closes or just reads no more."""
-        self._sent_all = False
-        view = memoryview(request)
         until = _in_time(patience)
+        self._sent_all = False
+        view: memoryview | bytes = request
         while True:
-            wanted = select.POLLOUT
+            wanted = POLLOUT
             try:
-                view = view[self._sock.send(view) :]
+                sent = self._sock.send(view)
+                if sent == len(view):
+                    self._sent_all = True
+                    return
+                view = memoryview(view)[sent:]
             except OSError as exc:
-                wanted = _wanted(exc, select.POLLOUT)
+                wanted = _wanted(exc, POLLOUT)
                 if not wanted:
                     raise _Reset(exc) from exc
-            if not view:
-                self._sent_all = True
-                return
             if self._is_answered():
                 return
-            wait = watch.writable if wanted == select.POLLOUT else watch.readable
-            wait(self._sock, min(until, time.monotonic() + GLANCE))
+            wait = watch.writable if wanted == POLLOUT else watch.readable
+            await wait(self._sock, min(until, time.monotonic() + GLANCE))
             until = _in_time(patience)
 
     def _is_answered(self) -> bool:
@@ -409,40 +428,45 @@ class _Connection:
         how = "reset" if was_reset else "closed"
         return BackendError("connection_lost", f"the connection was {how} before an answer", detail=how)
 
-    def _is_reset(self) -> bool:
+    async def _is_reset(self, watch: Watch) -> bool:
         """Whether a reset follows, or soon follows, the end that was just read: the server had closed
         before our request reached it."""
+        await watch.on_thread()
         poller = select.poll()
         poller.register(self._sock, 0)  # Linux reports errors unasked; elsewhere this only waits
         poller.poll(RESET_MS)
         return self._sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR) != 0
 
-    def _read_head(self, data: bytes, watch: Watch, patience: Patience) -> tuple[ResponseHead, bytes]:
+    async def _rest_of_head(self, data: bytes, watch: Watch, patience: Patience) -> bytes:
+        """`data` and what comes behind it, up to the end of a head at least."""
+        while b"\r\n\r\n" not in data:
+            if len(data) > MAX_HEAD:
+                raise BackendError("bad_answer", f"the answer's head is longer than {MAX_HEAD} bytes")
+            more = await self.receive(watch, patience)
+            if not more:
+                raise BackendError("connection_lost", "the connection was closed inside the answer's head")
+            data += more
+        return data
+
+    async def _reply(self, data: bytes, end: int, watch: Watch, patience: Patience) -> Reply:
+        """What begins with the head that ends at `end`."""
         while True:
-            end = data.find(b"\r\n\r\n")
-            if end < 0 and len(data) <= MAX_HEAD:
-                more = self.receive(watch, patience)
-                if not more:
-                    raise BackendError("connection_lost", "the connection was closed inside the answer's head")
-                data += more
-                continue
-            if not 0 <= end <= MAX_HEAD:
+            if end > MAX_HEAD:
                 raise BackendError("bad_answer", f"the answer's head is longer than {MAX_HEAD} bytes")
             try:
-                head = parse_response(data[:end])
+                head, length = self._pool.heads.read(data[:end])
             except BadMessage as exc:
                 raise BackendError("bad_answer", f"the answer is not HTTP: {exc}") from exc
             data = data[end + 4 :]
             if head.status >= 200:
-                return head, data
+                if length is None or head.status in (204, 304):
+                    length = head.length
+                return Reply(self, head, length, data, watch, patience)
             if head.status == 101:
                 raise BackendError("bad_answer", "the server changes to a protocol that nobody asked for")
             # 100 Continue and 103 Early Hints: the real head follows
-
-    def _wait(self, wanted: int, watch: Watch, patience: Patience) -> None:
-        wait = watch.readable if wanted == select.POLLIN else watch.writable
-        if not wait(self._sock, _in_time(patience)):
-            raise patience.expired()
+            data = await self._rest_of_head(data, watch, patience)
+            end = data.find(b"\r\n\r\n")
 
 
 def _in_time(patience: Patience) -> float:
@@ -460,7 +484,7 @@ def _wanted(exc: OSError, usual: int) -> int:
     if isinstance(exc, BlockingIOError):
         return usual
     name = type(exc).__name__  # of the ssl module, which is imported only where it is needed
-    return {"SSLWantReadError": select.POLLIN, "SSLWantWriteError": select.POLLOUT}.get(name, 0)
+    return {"SSLWantReadError": POLLIN, "SSLWantWriteError": POLLOUT}.get(name, 0)
 
 
 def _keep_alive_timeout(value: str) -> float:
@@ -482,36 +506,36 @@ class _Dialer:
         self._backend = backend
         self._tls: ssl.SSLContext | None = None
 
-    def dial(self, limits: Limits, watch: Watch) -> socket.socket:
+    async def dial(self, limits: Limits, watch: Watch) -> socket.socket:
         """A connected socket, non-blocking. Raises BackendError and ClientGone.
 
         Each address gets its share of the time, so that a dead one does not hide a live one. The
         error is the first address's: the others are alternatives to it.
         """
         until = min(time.monotonic() + limits.connect, limits.answer_by)
-        addresses = self._addresses(watch, until)
+        addresses = await self._addresses(watch, until)
         error: BackendError | None = None
         for left, (family, address) in zip(range(len(addresses), 0, -1), addresses, strict=True):
             now = time.monotonic()
             try:
-                return self._open(family, address, watch, now + (until - now) / left)
+                return await self._open(family, address, watch, now + (until - now) / left)
             except BackendError as exc:
                 error = error or exc
         raise error or self._unreachable("the name has no address")
 
-    def _open(self, family: int, address: Any, watch: Watch, until: float) -> socket.socket:
+    async def _open(self, family: int, address: Any, watch: Watch, until: float) -> socket.socket:
         try:
             sock = socket.socket(family, socket.SOCK_STREAM)
         except OSError as exc:
             raise self._failed(exc) from exc
         try:
-            self._connect(sock, address, watch, until)
-            return self._secure(sock, watch, until) if self._backend.scheme == "https" else sock
+            await self._connect(sock, address, watch, until)
+            return await self._secure(sock, watch, until) if self._backend.scheme == "https" else sock
         except BaseException:
             sock.close()
             raise
 
-    def _connect(self, sock: socket.socket, address: Any, watch: Watch, until: float) -> None:
+    async def _connect(self, sock: socket.socket, address: Any, watch: Watch, until: float) -> None:
         try:
             sock.setblocking(False)
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
@@ -519,44 +543,45 @@ class _Dialer:
         except OSError as exc:
             raise self._failed(exc) from exc
         if code == errno.EINPROGRESS:
-            if not watch.writable(sock, until):
+            if not await watch.writable(sock, until):
                 raise BackendError("connect_timeout", self._said("did not answer in time"))
             code = sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
         if code:
             raise self._failed(OSError(code, os.strerror(code)))
 
-    def _secure(self, sock: socket.socket, watch: Watch, until: float) -> socket.socket:
+    async def _secure(self, sock: socket.socket, watch: Watch, until: float) -> socket.socket:
         """TLS over `sock`, verified against the system's certificates or SSL_CERT_FILE's."""
         import ssl  # 15 ms to import, and local servers speak plain HTTP
 
         try:
             if self._tls is None:
+                await watch.on_thread()  # the system's certificates are read from files
                 self._tls = ssl.create_default_context()
             secure = self._tls.wrap_socket(sock, server_hostname=self._backend.host, do_handshake_on_connect=False)
         except OSError as exc:
             raise self._failed(exc) from exc
         try:
-            self._shake_hands(secure, watch, until)
+            await self._shake_hands(secure, watch, until)
         except BaseException:
             secure.close()  # it has taken the descriptor over from `sock`
             raise
         return secure
 
-    def _shake_hands(self, secure: ssl.SSLSocket, watch: Watch, until: float) -> None:
+    async def _shake_hands(self, secure: ssl.SSLSocket, watch: Watch, until: float) -> None:
         while True:
             try:
                 secure.do_handshake()
             except OSError as exc:
-                wanted = _wanted(exc, select.POLLIN)
+                wanted = _wanted(exc, POLLIN)
                 if not wanted:
                     raise self._failed(exc) from exc
             else:
                 return
-            wait = watch.readable if wanted == select.POLLIN else watch.writable
-            if not wait(secure, until):
+            wait = watch.readable if wanted == POLLIN else watch.writable
+            if not await wait(secure, until):
                 raise BackendError("connect_timeout", self._said("did not finish the TLS handshake in time"))
 
-    def _addresses(self, watch: Watch, until: float) -> list[tuple[int, Any]]:
+    async def _addresses(self, watch: Watch, until: float) -> list[tuple[int, Any]]:
         """Where to connect to. "localhost" is both loopbacks, whatever the resolver makes of it:
         servers listen on one of them and resolvers prefer either (llama-swap#84)."""
         host, port = self._backend.host, self._backend.port
@@ -568,9 +593,9 @@ class _Dialer:
             except OSError:
                 continue
             return [(family, (host, port))]
-        return self._resolve(host, port, watch, until)
+        return await self._resolve(host, port, watch, until)
 
-    def _resolve(self, host: str, port: int, watch: Watch, until: float) -> list[tuple[int, Any]]:
+    async def _resolve(self, host: str, port: int, watch: Watch, until: float) -> list[tuple[int, Any]]:
         """getaddrinfo() can't be given a limit, so a thread asks it and a socket says when it knows."""
         found: list[tuple[int, Any]] = []
         problem: list[OSError | UnicodeError] = []
@@ -594,7 +619,7 @@ class _Dialer:
             except RuntimeError as exc:
                 there.close()
                 raise self._unreachable(f"no thread to look up its name: {exc}") from exc
-            if not watch.readable(here, until):
+            if not await watch.readable(here, until):
                 raise BackendError("connect_timeout", self._said("has a name that did not resolve in time"))
         if problem:
             raise self._failed(problem[0]) from problem[0]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from portway import __version__
@@ -32,10 +31,10 @@ def request_head(backend: Backend, path: str, method: str = "POST") -> bytes:
     return "\r\n".join([*lines, "Content-Length: "]).encode("latin-1")
 
 
-def error_of(reply: Reply, model: str, backend: Backend) -> BackendError:
+async def error_of(reply: Reply, model: str, backend: Backend) -> BackendError:
     """The BackendError of an answer whose status is not 200; reads and closes it. model: the backend's name of it."""
     try:
-        body = reply.read_all(MAX_ERROR)
+        body = await reply.read_all(MAX_ERROR)
     finally:
         reply.close()
     status, headers = reply.head.status, reply.head.headers
@@ -55,18 +54,11 @@ def error_of(reply: Reply, model: str, backend: Backend) -> BackendError:
     )
 
 
-def broken_once_begun(pieces: Iterator[bytes], target: Model) -> Iterator[bytes]:
-    """The pieces of a stream; whatever goes wrong after the first is `stream_broken`, but for running out of time."""
-    begun = False
-    try:
-        for piece in pieces:
-            begun = True
-            yield piece
-    except BackendError as exc:
-        if not begun or exc.reason in ("idle_timeout", "total_timeout"):
-            raise
-        message = f"{target.name} broke off its answer: {exc.message}"
-        raise BackendError("stream_broken", message, detail=exc.reason) from exc
+def broken_once_begun(exc: BackendError, target: Model) -> BackendError:
+    """What a failure is after a stream's first piece: `stream_broken`, but for running out of time."""
+    if exc.reason in ("idle_timeout", "total_timeout"):
+        return exc
+    return BackendError("stream_broken", f"{target.name} broke off its answer: {exc.message}", detail=exc.reason)
 
 
 def _retry_after(headers: dict[str, str]) -> float | None:

@@ -13,17 +13,23 @@ import sqlite3
 import threading
 import time
 import zlib
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
-from typing import NamedTuple
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import chain, islice
+from typing import NamedTuple, TypeVar
+
+T = TypeVar("T")
 
 APPLICATION_ID = 0x50575943  # "PWYC": how a file says that it is this cache and nobody else's data
 WAL_LIMIT = 16 * 1024 * 1024  # bytes that the -wal file keeps after a checkpoint
 PAGE = 8192  # bytes; with 4096 the file is a fifth larger, as few answers fill such a page well
 PAGE_CACHE = 256  # KB a connection; the operating system's cache is the real one
+AGAIN = 0.002  # seconds between two tries where SQLite itself does not wait
 READ_PATIENCE = 0.005  # seconds; whoever looks up would sooner ask the model than wait
 IDLE_READERS = 8  # look-ups take microseconds: more are seldom under way at once
-COMPRESS_FROM = 512  # bytes; below it there is little to gain
+COMPRESS_FROM = 2048  # bytes; below it half of so little is not worth the 10 us that every look-up would pay
+# bytes after which a write() leaves the rest as it is: under a flood time is dearer than room
+COMPRESS_AT_ONCE = 65_536
 ROW_OVERHEAD = 160  # bytes that a row takes beside its document, with its share of the indexes
 STEP = 256  # rows deleted at once, so that no transaction of ours keeps others waiting for long
 
@@ -142,18 +148,55 @@ def m001_answers(db: sqlite3.Connection) -> None:
     )
 
 
-MIGRATIONS: tuple[Callable[[sqlite3.Connection], None], ...] = (m001_answers,)  # PRAGMA user_version counts them
+def m002_as_they_come(db: sqlite3.Connection) -> None:
+    """Answers one behind the other, found by a narrow index. By their keys each lay on a page of its own, and to
+    store one cost 8 KB, twice; now a batch shares its pages. What was there goes: keys have another form since.
+    Only what goes is counted by a trigger, whoever deletes; what comes, write() counts by the batch."""
+    db.execute("DROP TABLE answers")
+    db.execute("UPDATE models SET entries = 0, size = 0")
+    db.execute(
+        "CREATE TABLE answers (id INTEGER PRIMARY KEY, hash INTEGER NOT NULL, key BLOB NOT NULL, model TEXT NOT NULL,"
+        " size INTEGER NOT NULL, stored_at REAL NOT NULL, used_at REAL NOT NULL, warning TEXT NOT NULL, packed INTEGER"
+        " NOT NULL, document BLOB NOT NULL)"
+    )
+    db.execute("CREATE UNIQUE INDEX answers_hash ON answers (hash)")
+    db.execute("CREATE INDEX answers_stored ON answers (stored_at)")
+    db.execute("CREATE INDEX answers_used ON answers (used_at)")
+    db.execute(
+        "CREATE TRIGGER answers_removed AFTER DELETE ON answers BEGIN"
+        " INSERT INTO models (name, entries, size) VALUES (old.model, -1, -old.size) ON CONFLICT (name)"
+        " DO UPDATE SET entries = entries - 1, size = size - old.size; END"
+    )
 
-_SELECT = "SELECT model, stored_at, warning, packed, document FROM answers WHERE id = ? AND key = ?"
-_INSERT = (
-    "INSERT INTO answers (id, key, model, size, stored_at, used_at, warning, packed, document)"
-    " VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)"
-)
+
+# PRAGMA user_version counts them
+MIGRATIONS: tuple[Callable[[sqlite3.Connection], None], ...] = (m001_answers, m002_as_they_come)
+
+# Each step of a statement gives the interpreter away and has to get it back, so that many rows go into one; but
+# to make them must not hold up who answers: 16 take 0.2 ms.
+_ROWS_AT_ONCE = (16, 4, 1)
+_COLUMNS = "hash, key, model, size, stored_at, used_at, warning, packed, document"
+_PLACES = f"({', '.join('?' * 9)})"
+_INSERT = {
+    count: f"INSERT OR REPLACE INTO answers ({_COLUMNS}) VALUES {', '.join([_PLACES] * count)}"  # noqa: S608
+    for count in _ROWS_AT_ONCE
+}
+_USED = {
+    count: f"UPDATE answers SET used_at = max(used_at, ?) WHERE hash IN ({', '.join('?' * count)})"  # noqa: S608
+    for count in _ROWS_AT_ONCE
+}
 _COUNT = (
-    "INSERT INTO models (name, hits, misses, stores, evictions) VALUES (?, ?, ?, ?, ?) ON CONFLICT (name) DO UPDATE"
-    " SET hits = hits + excluded.hits, misses = misses + excluded.misses, stores = stores + excluded.stores,"
+    "INSERT INTO models (name, entries, size, hits, misses, stores, evictions) VALUES (?, ?, ?, ?, ?, ?, ?)"
+    " ON CONFLICT (name) DO UPDATE SET entries = entries + excluded.entries, size = size + excluded.size,"
+    " hits = hits + excluded.hits, misses = misses + excluded.misses, stores = stores + excluded.stores,"
     " evictions = evictions + excluded.evictions"
 )
+_BYTES_USED = (
+    "SELECT page_size * (page_count - freelist_count) FROM pragma_page_size, pragma_page_count, pragma_freelist_count"
+)
+_EVICTED = "SELECT model, count(*) FROM (SELECT model FROM answers ORDER BY used_at LIMIT ?) GROUP BY model"
+_EVICT = "DELETE FROM answers WHERE id IN (SELECT id FROM answers ORDER BY used_at LIMIT ?)"
+_SELECT = "SELECT model, stored_at, warning, packed, document FROM answers WHERE hash = ? AND key = ?"
 
 
 # --- writing --------------------------------------------------------------------------------------
@@ -170,7 +213,8 @@ class CacheFile:
         self._path = path
         self._db = _connect(path, patience)
         try:
-            _prepare(self._db)
+            _prepare(self._db, patience)
+            self._db.execute("PRAGMA recursive_triggers = ON")  # a row that is replaced is counted as one that goes
             self._inode = os.stat(path).st_ino
         except BaseException:
             self._db.close()
@@ -190,35 +234,31 @@ class CacheFile:
     def write(
         self,
         rows: Iterable[Row] = (),
-        used: Mapping[bytes, float] | None = None,
+        used: Iterable[bytes] = (),
         counts: Mapping[str, Counts] | None = None,
         max_size: int | None = None,
     ) -> None:
         """All of it in one transaction, or none of it. Rows replace those with their keys.
 
-        used: key -> time.time() of its last use. max_size: bytes that the file may have in use;
-        the least recently used rows make room.
+        used: keys that were looked up since the last time. max_size: bytes that the file may have in
+        use; the least recently used rows make room.
         """
-        packed = [(row, *_pack(row.document)) for row in rows]
-        totals = dict(counts or {})
+        totals = {model: replace(each) for model, each in (counts or {}).items()}
+        came: dict[str, list[int]] = {}  # model -> sizes
         with _transaction(self._db) as db:
-            if used:
-                db.executemany(
-                    "UPDATE answers SET used_at = max(used_at, ?) WHERE id = ? AND key = ?",
-                    [(when, _row_id(key), key) for key, when in used.items()],
-                )
+            for hashes in _portions(map(_hash, used)):
+                db.execute(_USED[len(hashes)], (time.time(), *hashes))
+            for values in _portions(_values(rows)):
+                for _, _, model, size, *_ in values:
+                    came.setdefault(model, []).append(size)
+                db.execute(_INSERT[len(values)], tuple(chain.from_iterable(values)))
             if max_size is not None:
-                coming = sum(len(document) + ROW_OVERHEAD for _, _, document in packed)
-                for model, count in self._evict(max_size - coming).items():
+                for model, count in self._evict(max_size).items():
                     totals.setdefault(model, Counts()).evictions += count
-            for row, is_packed, document in packed:
-                row_id = _row_id(row.key)
-                at, size = row.stored_at, len(document)
-                db.execute("DELETE FROM answers WHERE id = ?", (row_id,))
-                values = (row_id, row.key, row.model, size, at, at, row.warning, is_packed, document)
-                db.execute(_INSERT, values)
-                totals.setdefault(row.model, Counts()).stores += 1
-            db.executemany(_COUNT, [(name, c.hits, c.misses, c.stores, c.evictions) for name, c in totals.items()])
+            for name in totals.keys() | came.keys():
+                each, sizes = totals.get(name, Counts()), came.get(name, [])
+                counted = (each.hits, each.misses, each.stores + len(sizes), each.evictions)
+                db.execute(_COUNT, (name, len(sizes), sum(sizes), *counted))
 
     def purge(self, model: str | None = None, before: float | None = None) -> int:
         """Delete all rows, or those of `model`, or those stored before then (time.time()). Returns how
@@ -227,7 +267,6 @@ class CacheFile:
         values = [value for value in (model, before) if value is not None]
         query = f"SELECT id FROM answers WHERE {' AND '.join(conditions) or '1'}"  # noqa: S608 - fixed texts
         found = self._db.execute(query, values).fetchall()
-        self._db.execute("PRAGMA secure_delete = ON").fetchone()  # nothing stays readable in free pages
         for start in range(0, len(found), STEP):
             with _transaction(self._db) as db:
                 db.executemany("DELETE FROM answers WHERE id = ?", found[start : start + STEP])
@@ -256,26 +295,48 @@ class CacheFile:
         return Stats(models, _size_of(self._path) + _size_of(self._path + "-wal"), oldest)
 
     def _evict(self, allowed: int) -> dict[str, int]:
-        """Delete the least recently used rows until no more than `allowed` bytes are in use.
-        A page is free once it is empty, so it may take more than one go. Returns model -> rows."""
+        """Delete the least recently used rows until no more than `allowed` bytes are in use: as many as
+        that takes on an average, and again, as a page is free once it is empty. Returns model -> rows."""
         evicted: dict[str, int] = {}
         while (over := self._used() - max(0, allowed)) > 0:
-            victims = []
-            for row_id, model, size in self._db.execute("SELECT id, model, size FROM answers ORDER BY used_at"):
-                victims.append((row_id,))
-                evicted[model] = evicted.get(model, 0) + 1
-                over -= size + ROW_OVERHEAD
-                if over <= 0:
-                    break
-            if not victims:
+            entries, size = self._db.execute("SELECT sum(entries), sum(size) FROM models").fetchone()
+            count = min(STEP, over // (size // entries + ROW_OVERHEAD) + 1) if entries else STEP
+            for model, rows in self._db.execute(_EVICTED, (count,)):
+                evicted[model] = evicted.get(model, 0) + rows
+            if not self._db.execute(_EVICT, (count,)).rowcount:
                 break
-            self._db.executemany("DELETE FROM answers WHERE id = ?", victims)
         return evicted
 
     def _used(self) -> int:
         """Bytes of the pages in use; no page is read for it."""
-        page, count, free = (_pragma(self._db, name) for name in ("page_size", "page_count", "freelist_count"))
-        return page * (count - free)
+        (used,) = self._db.execute(_BYTES_USED).fetchone()
+        return int(used)
+
+
+_Values = tuple[int, bytes, str, int, float, float, str, bool, bytes]  # of a row, as _INSERT takes them
+
+
+def _values(rows: Iterable[Row]) -> Iterator[_Values]:
+    """The documents compressed, as long as that does not take too long."""
+    left = COMPRESS_AT_ONCE
+    for key, model, stored_at, warning, document in rows:
+        kept, packed = document, False
+        if left > 0 and len(document) >= COMPRESS_FROM:
+            left -= len(document)
+            packed, kept = _pack(document)
+        yield _hash(key), key, model, len(kept), stored_at, stored_at, warning, packed, kept
+
+
+def _portions(things: Iterable[T]) -> Iterator[Sequence[T]]:
+    """All of them, as many at once as there is a statement for."""
+    most, *fewer = _ROWS_AT_ONCE
+    things = iter(things)
+    while len(portion := tuple(islice(things, most))) == most:
+        yield portion
+    for count in fewer:
+        while len(portion) >= count:
+            yield portion[:count]
+            portion = portion[count:]
 
 
 class _transaction:  # noqa: N801 - used as a keyword would be
@@ -310,7 +371,7 @@ def _make_private(path: str) -> None:
         os.close(handle)
 
 
-def _prepare(db: sqlite3.Connection) -> None:
+def _prepare(db: sqlite3.Connection, patience: float) -> None:
     """Check that the file is ours, or make it so. The pragmas before WAL count for a new file only."""
     version = _pragma(db, "user_version")
     if version > len(MIGRATIONS):
@@ -322,7 +383,9 @@ def _prepare(db: sqlite3.Connection) -> None:
     if is_empty:
         db.execute(f"PRAGMA page_size = {PAGE}")
         db.execute("PRAGMA auto_vacuum = INCREMENTAL")
-    db.execute("PRAGMA journal_mode = WAL").fetchone()
+    _write_ahead(db, patience)
+    # what is purged must not stay readable; from the start, as pages keep copies of what was moved between them
+    db.execute("PRAGMA secure_delete = ON").fetchone()
     db.execute("PRAGMA synchronous = NORMAL")  # in WAL mode: a crash loses nothing, a power cut the last moments
     db.execute(f"PRAGMA journal_size_limit = {WAL_LIMIT}").fetchone()
     if version < len(MIGRATIONS):
@@ -331,6 +394,21 @@ def _prepare(db: sqlite3.Connection) -> None:
                 migrate(db)
             db.execute(f"PRAGMA application_id = {APPLICATION_ID}")
             db.execute(f"PRAGMA user_version = {len(MIGRATIONS)}")
+
+
+def _write_ahead(db: sqlite3.Connection, patience: float) -> None:
+    """WAL mode. Of several who open a new file at once SQLite turns some away without waiting, as it does for
+    no other statement: so it is tried again."""
+    until = time.monotonic() + patience
+    while True:
+        try:
+            db.execute("PRAGMA journal_mode = WAL").fetchone()
+        except sqlite3.OperationalError as exc:
+            if _code(exc) != sqlite3.SQLITE_BUSY or time.monotonic() >= until:
+                raise
+            time.sleep(AGAIN)
+        else:
+            return
 
 
 # --- looking up -----------------------------------------------------------------------------------
@@ -353,7 +431,7 @@ class Readers:
         if db is None:
             db = _connect(self._path, READ_PATIENCE)
         try:
-            row = db.execute(_SELECT, (_row_id(key), key)).fetchone()
+            row = db.execute(_SELECT, (_hash(key), key)).fetchone()
         except BaseException:
             db.close()
             raise
@@ -449,15 +527,13 @@ def _pragma(db: sqlite3.Connection, name: str) -> int:
     return int(value)
 
 
-def _row_id(key: bytes) -> int:
+def _hash(key: bytes) -> int:
     """Two keys that share it (one pair in 2**64) replace each other; none is taken for the other."""
     return int.from_bytes(key[:8], "big", signed=True)
 
 
 def _pack(document: bytes) -> tuple[bool, bytes]:
-    """Level 1: text and vectors shrink to half, 2 KB in 10 us, and a look-up unpacks them in 5."""
-    if len(document) < COMPRESS_FROM:
-        return False, document
+    """Level 1: text and vectors shrink to half, 2 KB in 36 us, and a look-up unpacks them in 12."""
     packed = zlib.compress(document, 1)
     return (True, packed) if len(packed) < 0.8 * len(document) else (False, document)
 

@@ -136,12 +136,12 @@ class Waiter(Generic[T]):
         self._flight = flight
         self._line: _Line | None = line
 
-    def wait(self, watch: Watch, until: float) -> Landed[T] | Crashed | Leader[T] | None:
+    async def wait(self, watch: Watch, until: float) -> Landed[T] | Crashed | Leader[T] | None:
         """What the flight came to; a Leader if this waiter now has to run it; None once
         time.monotonic() passes `until`. Raises ClientGone, as `watch` does."""
         try:
             while self._line is not None:
-                if not watch.readable(self._line.waiters_end, until):
+                if not await watch.readable(self._line.waiters_end, until):
                     return None
                 line, self._line = self._line, None
                 place = self._flight.look(line)
@@ -298,32 +298,40 @@ class _LeaderWatch:
         if self._leader.gone is None:  # else the client's phase stays the one in which it left
             self._client.phase = phase
 
-    def readable(self, sock: socket.socket, until: float) -> bool:
+    async def readable(self, sock: socket.socket, until: float) -> bool:
         if self._leader.gone is None:
             try:
-                return self._client.readable(sock, until)
+                return await self._client.readable(sock, until)
             except _LEFT as exc:
                 self._leader.client_left(exc)
-        return self._wait(sock, select.POLLIN, until)
+        return await self._wait(sock, select.POLLIN, until)
 
-    def writable(self, sock: socket.socket, until: float) -> bool:
+    async def writable(self, sock: socket.socket, until: float) -> bool:
         if self._leader.gone is None:
             try:
-                return self._client.writable(sock, until)
+                return await self._client.writable(sock, until)
             except _LEFT as exc:
                 self._leader.client_left(exc)
-        return self._wait(sock, select.POLLOUT, until)
+        return await self._wait(sock, select.POLLOUT, until)
 
-    def pause(self, until: float) -> None:
+    async def pause(self, until: float) -> None:
         if self._leader.gone is None:
             try:
-                return self._client.pause(until)
+                return await self._client.pause(until)
             except _LEFT as exc:
                 self._leader.client_left(exc)
-        self._wait(None, 0, until)
+        await self._wait(None, 0, until)
         return None
 
-    def _wait(self, sock: socket.socket | None, event: int, until: float) -> bool:
+    async def on_thread(self, *, for_good: bool = False) -> None:
+        await self._client.on_thread(for_good=for_good)
+
+    async def on_loop(self) -> None:
+        if self._leader.gone is None:  # else nobody on the loop looks at who waits
+            await self._client.on_loop()
+
+    async def _wait(self, sock: socket.socket | None, event: int, until: float) -> bool:
+        await self.on_thread()
         while True:
             left = until - time.monotonic()
             poll = select.poll()

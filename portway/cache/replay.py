@@ -7,6 +7,7 @@ stream as the events a backend would have sent, reasoning and text in a chunk ea
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
 from itertools import chain
 from typing import TYPE_CHECKING, Any
@@ -20,6 +21,8 @@ if TYPE_CHECKING:
 Json = dict[str, Any]
 
 _OWN = ("id", "object", "created", "model")  # of the request, not of the answer
+# One of these with a plain value, at whatever depth: within a text no quotation mark stands without a backslash.
+_OWN_MEMBER = re.compile(rb'"(?:id|object|created|model)"\s*:\s*(?:"(?:[^"\\]|\\.)*"|[\w.+-]+)\s*,?\s*')
 _REASONING = ("reasoning_content", "reasoning")
 _TEXTS = ("content", *_REASONING, "refusal", "text")  # what a stream sends a piece at a time
 _OBJECTS = {"chat": "chat.completion", "completions": "text_completion"}
@@ -30,7 +33,7 @@ _OBJECTS = {"chat": "chat.completion", "completions": "text_completion"}
 
 def plain_document(raw: bytes) -> bytes:
     """The document of a plain answer. Raises WireError if that is no JSON object."""
-    return dumps(_plain(raw))
+    return _without_own(raw, _object(raw))
 
 
 def stream_document(pieces: Iterable[bytes], tally: Tally) -> bytes:
@@ -44,8 +47,8 @@ def stream_document(pieces: Iterable[bytes], tally: Tally) -> bytes:
 
 def clean_plain(raw: bytes) -> bytes | None:
     """plain_document, or None if the answer is not to be kept."""
-    body = _plain(raw)
-    return dumps(body) if _is_clean(body) else None
+    body = _object(raw)
+    return _without_own(raw, body) if _is_clean(body) else None
 
 
 def clean_stream(pieces: Iterable[bytes], tally: Tally) -> bytes | None:
@@ -54,11 +57,21 @@ def clean_stream(pieces: Iterable[bytes], tally: Tally) -> bytes | None:
     return dumps(body) if _is_clean(body) else None
 
 
-def _plain(raw: bytes) -> Json:
+def _object(raw: bytes) -> Json:
     body = loads(raw)
     if not isinstance(body, dict):
         raise WireError("the answer is not a JSON object")
-    return {key: value for key, value in body.items() if key not in _OWN}
+    return body
+
+
+def _without_own(raw: bytes, body: Json) -> bytes:
+    """`raw` with the _OWN members cut out, which takes 3 us where to write `body` anew takes 13. That can be done if
+    as many are found as there are at the top: then there are no others."""
+    own = [type(body[name]) for name in _OWN if name in body]
+    rest, found = _OWN_MEMBER.subn(b"", raw)
+    if found != len(own) or dict in own or list in own:
+        return dumps({name: value for name, value in body.items() if name not in _OWN})
+    return rest.strip()[:-1].rstrip().removesuffix(b",") + b"}"  # a comma is left if the last member was cut out
 
 
 def _is_clean(body: Json) -> bool:

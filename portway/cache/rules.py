@@ -6,17 +6,18 @@ look like replay.py's.
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
+
+from portway.wire.digest import LONG, digest
 
 if TYPE_CHECKING:
     from portway.call import Call, Served
     from portway.config import Model
 
-KEY_VERSION = "portway-1"  # a change of what the key covers, or of what Portway makes of a request, raises it
+KEY_VERSION = "portway-2"  # a change of what the key covers, or of what Portway makes of a request, raises it
 SHAPELESS = frozenset(("model", "stream", "stream_options", "user", "metadata"))  # no part in what is answered
 _ACTING = ("tools", "functions", "web_search_options")  # the answer depends on, or changes, the world outside
 
@@ -88,13 +89,76 @@ def request_key(call: Call, target: Model) -> bytes:
     The whole body counts, but for the short list of what shapes no answer: a parameter that nobody
     here knows yet can't be forgotten. Of the configuration, whatever is added to a request counts.
     """
+    return _key(_seed(target), call)
+
+
+class Keys:
+    """request_key for the models of one configuration: what of a key is the model's own is made once."""
+
+    def __init__(self) -> None:
+        self._seeds: dict[str, tuple[Model, bytes]] = {}
+
+    def of(self, call: Call, target: Model) -> bytes:
+        """request_key(call, target)."""
+        known = self._seeds.get(target.name)
+        if known is None or known[0] is not target:
+            known = self._seeds[target.name] = (target, _seed(target))
+        return _key(known[1], call)
+
+
+def _seed(target: Model) -> bytes:
     backend = target.backend
     serving = (backend.name, backend.kind, backend.url, target.model)
     injected = (target.num_ctx, target.think, target.params, target.max_tokens, target.merge_system)
-    asked = {key: value for key, value in call.body.items() if key not in SHAPELESS}
-    whole = (KEY_VERSION, call.endpoint, target.name, serving, injected, asked)
     # default=dict: params may be a read-only mapping
-    return hashlib.sha256(json.dumps(whole, sort_keys=True, separators=(",", ":"), default=dict).encode()).digest()
+    return json.dumps((KEY_VERSION, target.name, serving, injected), sort_keys=True, default=dict).encode()
+
+
+def _key(seed: bytes, call: Call) -> bytes:
+    """Of a 2 KB body in 4 us, where json.dumps(sort_keys=True) of it took 8; of 200 KB in 105 us instead of 510, of
+    which SHA-256 takes 101."""
+    body = call.body
+    parts: list[str] = [call.endpoint]
+    for name in sorted(body):
+        if name not in SHAPELESS:
+            parts.append(f'"{len(name)}:{name}')
+            _spell(body[name], parts)
+    return digest(parts, seed)
+
+
+def _spell(value: Any, parts: list[str]) -> None:
+    """Add texts that join to nothing but this JSON value: members in order of their names, each text behind its
+    length, so that none has to be searched for what would need escaping."""
+    kind = type(value)
+    if kind is str:
+        if len(value) > LONG:
+            parts += (f'"{len(value)}:', value)
+        else:
+            parts.append(f'"{len(value)}:{value}')
+    elif kind is list:
+        parts.append(f"[{len(value)}")
+        for item in value:
+            _spell(item, parts)
+    elif kind is dict:
+        if len(value) == 2 and _spell_pair(value, parts):
+            return
+        parts.append(f"{{{len(value)}")
+        for name in sorted(value):
+            parts.append(f'"{len(name)}:{name}')
+            _spell(value[name], parts)
+    else:
+        parts.append(f"={value!r},")
+
+
+def _spell_pair(pair: dict[str, Any], parts: list[str]) -> bool:
+    """Most of what a long prompt consists of, in half the time: {"role": .., "content": ..} and the like."""
+    (first, one), (second, two) = pair.items()
+    if type(one) is not str or type(two) is not str or len(one) + len(two) > LONG:
+        return False
+    if first > second:
+        first, one, second, two = second, two, first, one
+    parts.append(f"&{len(first)}:{first}{len(one)}:{one}{len(second)}:{second}{len(two)}:{two}")
+    return True
 
 
 # --- whether to keep ------------------------------------------------------------------------------

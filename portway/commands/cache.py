@@ -5,6 +5,7 @@ Works on the cache's file, whether a daemon runs or not; a daemon notices within
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import sqlite3
@@ -12,9 +13,11 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import closing
+from dataclasses import asdict
+from typing import Any
 
 from portway.cache import file as cache_file
-from portway.cache.file import CacheFile, Stats, Unusable
+from portway.cache.file import CacheFile, Counts, Stats, Unusable
 from portway.cache.store import OFF_SUFFIX
 
 OK = 0
@@ -22,7 +25,7 @@ FAILED = 1
 USAGE = 2
 
 HELP = """\
-usage: portway cache
+usage: portway cache [--json] [--config FILE]
        portway cache purge [--model NAME] [--older-than AGE]
        portway cache off | on
 
@@ -35,8 +38,10 @@ often they were wanted, and how old the oldest one is.
          stored stays. A running Portway follows within half a minute
 
 Options:
+  --json            print one JSON document instead
   --model NAME      only this logical model's answers
   --older-than AGE  only those stored longer ago: 90s, 45m, 12h, 7d, 2w
+  --config FILE     the configuration that says where the cache is
 
 For one model alone the configuration says it: cache = "off" under
 [models.NAME]. For one request the client does: Cache-Control: no-cache asks
@@ -70,6 +75,8 @@ def _run(words: list[str], path: str) -> int:
     match words:
         case []:
             return _show(path)
+        case ["--json"]:
+            return _show_json(path)
         case ["purge", *options]:
             return _purge(path, *_purge_options(options))
         case ["off"]:
@@ -97,6 +104,27 @@ def _show(path: str) -> int:
     for line in _report(path, stats):
         print(line)
     return OK
+
+
+def _show_json(path: str) -> int:
+    """Sizes are bytes, `oldest` a Unix time; null = nothing to go by."""
+    stats = Stats({}, 0, None)
+    if os.path.exists(path):
+        with closing(CacheFile(path, _PATIENCE)) as file:
+            stats = file.stats()
+    models = {
+        name: {"entries": model.entries, "size": model.size, **_counted(model.counts)}
+        for name, model in stats.models.items()
+    }
+    total = {"entries": stats.entries, "size": stats.size, "oldest": stats.oldest, **_counted(stats.counts)}
+    is_off = os.path.exists(path + OFF_SUFFIX)
+    print(json.dumps({"file": path, "off": is_off, "total": total, "models": models}, indent=2))
+    return OK
+
+
+def _counted(counts: Counts) -> dict[str, Any]:
+    rate = counts.hit_rate
+    return {**asdict(counts), "hit_rate": None if rate is None else round(rate, 6)}
 
 
 def _report(path: str, stats: Stats) -> Iterator[str]:

@@ -22,8 +22,11 @@ from portway import __version__, config, telemetry
 from portway.cache import file as cache_file
 from portway.commands import first_config, holder, probe
 from portway.commands.doctor_backends import Seen, Verdict, look_at, verdicts
+from portway.keys import plain
 from portway.memory import machine as memory
+from portway.memory import measured
 from portway.memory.fits import Footprint, gb
+from portway.vitals import BRIEF
 
 SEVERITIES = ("ok", "note", "warning", "error")
 EXIT_CODES = {"ok": 0, "note": 0, "warning": 3, "error": 1}  # 2 is the command line's
@@ -94,7 +97,7 @@ def examine(path: str | None, machine: Machine) -> Examined:
         findings += _backend(each, loaded, machine, health)
     reading = machine.memory()
     judged = verdicts(loaded, seen, reading)
-    findings += [*_missing(loaded, seen), *_memory(machine, reading), *_fit(judged, reading)]
+    findings += [*_missing(loaded, seen), *_memory(machine, reading), *_fit(judged, reading, loaded)]
     findings += _files(loaded, machine)
     return Examined(findings, judged)
 
@@ -166,12 +169,12 @@ def _health(loaded: config.Config, machine: Machine) -> Mapping[str, Any] | None
     if loaded.server.port == 0:
         return None
     try:
-        told = machine.ask(_url(loaded), "/health")
+        told = machine.ask(_url(loaded), "/health", key=plain(loaded.server.api_keys, machine.environ) or None)
     except ConnectionRefusedError:
         return None
     except OSError:
         return {}
-    return told.value if "in_flight" in told.value else {}
+    return told.value if "in_flight" in told.value or set(told.value) == set(BRIEF) else {}
 
 
 def _url(loaded: config.Config) -> str:
@@ -197,6 +200,8 @@ def _running(loaded: config.Config, health: Mapping[str, Any]) -> Iterator[Findi
     """What the running daemon itself knows to be wrong."""
     if health.get("version") != __version__:
         yield Finding("note", "daemon", f"this is Portway {__version__}, another one is running", "restart it")
+    if "in_flight" not in health:
+        yield Finding("note", "daemon", "it says no more of itself to whoever has no key", "set PORTWAY_API_KEY")
     its = health.get("config")
     its = its if isinstance(its, dict) else {}
     if its.get("problem"):
@@ -332,12 +337,12 @@ def stall(text: str) -> float | None:
     return None
 
 
-def _fit(judged: Sequence[Verdict], reading: memory.Reading) -> Iterator[Finding]:
+def _fit(judged: Sequence[Verdict], reading: memory.Reading, loaded: config.Config) -> Iterator[Finding]:
     if reading.apart:
         yield Finding("note", "fit", "models live in a graphics card's own memory here, which is not judged")
         return
     for each in judged:
-        yield _verdict(each)
+        yield _verdict(each, is_set=loaded.memory.budget is not None)
     together = [each.name for each in judged if each.beside]
     first = next((each for each in judged if each.everyday), None)
     if first is not None:
@@ -345,7 +350,7 @@ def _fit(judged: Sequence[Verdict], reading: memory.Reading) -> Iterator[Finding
         yield Finding("ok", "fit", f"in memory beside {first.name} fit, one at a time: {others}")
 
 
-def _verdict(each: Verdict) -> Finding:
+def _verdict(each: Verdict, *, is_set: bool) -> Finding:
     estimate = "" if each.sure else " (an estimate)"
     text = f"{each.name}: {each.footprint}{estimate}"
     if each.fits:
@@ -354,6 +359,8 @@ def _verdict(each: Verdict) -> Finding:
         fix = "close other programs before you ask it, or give it a smaller num_ctx"
         return Finding("note", "fit", f"{text}, more than the {gb(each.room)} that are left beside open programs", fix)
     fix = f"a smaller num_ctx or a smaller model for models.{each.name}; its fallback answers till then"
+    if is_set:
+        return Finding("warning", "fit", f"{text}, more than memory.budget ({gb(each.most)})", f"raise that, or {fix}")
     return Finding("warning", "fit", f"{text}: this machine can't hold it ({gb(each.most)} at most)", fix)
 
 
@@ -361,14 +368,18 @@ def _verdict(each: Verdict) -> Finding:
 
 
 def _files(loaded: config.Config, machine: Machine) -> Iterator[Finding]:
-    """Log and cache hold what was asked and answered, or its traces: their owner's only."""
+    """They hold what was asked and answered, or its traces: their owner's only."""
     places = []
     if loaded.log.enabled:
         places.append(("log", loaded.log.file or telemetry.log_path(machine.environ)))
     if loaded.cache.enabled and any(model.cache for model in loaded.models.values()):
         places.append(("cache", loaded.cache.file or cache_file.default_path(machine.environ)))
+    if loaded.memory.enabled:
+        places.append(("models' measures", measured.default_path(machine.environ)))
     for what, path in places:
-        yield _file(what, str(path))
+        found = _file(what, str(path))
+        needed = what in ("log", "cache")  # the other is a convenience
+        yield found if needed or found.severity != "error" else found._replace(severity="warning")
         modified = _modified(str(path))
         if modified is not None and modified > machine.now() + FUTURE:
             text = f"{path} was written {modified - machine.now():.0f} s in the future: the clock went back"

@@ -1,7 +1,8 @@
 """What each backend says of itself and of the models that are configured behind it, and whether these fit.
 
-Asked over the paths that wake and load nothing: /api/version, /api/tags and /api/show at Ollama; /health, /props
-and /v1/models elsewhere. It finds out and judges; what a person is told of it is doctor.py's.
+Asked over the paths that wake and load nothing: /api/version, /api/tags and /api/show at Ollama; /v1/models elsewhere,
+and then /props at a llama-server, /api/version and /running at a llama-swap. It finds out and judges; what a person is
+told of it is doctor.py's.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from portway.commands.first_config import LADDER, budget
 from portway.config import Backend, Config, Model
+from portway.memory import llama_swap
 from portway.memory.fits import Footprint, footprint
 
 if TYPE_CHECKING:
@@ -124,23 +126,39 @@ def _look_at_ollama(seen: Seen, models: Sequence[Model], ask: Ask) -> None:
 def _look_at_openai(seen: Seen, models: Sequence[Model], ask: Ask) -> None:
     entries = _entries(_question(seen, ask, "/v1/models"), "data")
     seen.listed = [str(entry.get("id")) for entry in entries]
-    is_llama = any(entry.get("owned_by") == "llamacpp" for entry in entries)
-    if is_llama:  # only asked where it is known: some servers would load a model for a path that they don't know
-        build = _question(seen, ask, "/props").get("build_info")
-        seen.version = build if isinstance(build, str) else ""
-    seen.program = "llama-server" if is_llama else "an OpenAI-compatible server"
-    only = entries[0] if len(entries) == 1 and is_llama else None  # one model answers to any name
+    commands = _identify(seen, entries, ask)
+    is_single = seen.program == "llama-server" and len(entries) == 1 and "status" not in entries[0]
+    only = entries[0] if is_single else None  # one model answers to any name
     for model in models:
         entry = next((entry for entry in entries if model.model in (entry.get("id"), *_aliases(entry))), only)
         meta = entry.get("meta") if entry else None
         meta = meta if isinstance(meta, dict) else {}
+        started = commands.get(str(entry.get("id")) if entry else "", llama_swap.Command())
+        size, window = _whole(meta.get("size")) or started.weights, _whole(meta.get("n_ctx")) or started.window
         if not seen.refused:
-            seen.models[model.name] = Known(entry is not None, _whole(meta.get("size")), {}, _whole(meta.get("n_ctx")))
+            seen.models[model.name] = Known(entry is not None, size, {}, window)
+
+
+def _identify(seen: Seen, entries: Sequence[Mapping[str, Any]], ask: Ask) -> Mapping[str, llama_swap.Command]:
+    """Which server it is, of what version, and how it started each model, as far as it tells. It is asked for more
+    only where it is known: some servers would load a model for a path that they don't know."""
+    if any(entry.get("owned_by") == "llamacpp" for entry in entries):
+        seen.program, build = "llama-server", _question(seen, ask, "/props").get("build_info")
+        seen.version = build if isinstance(build, str) else ""
+        states = {str(entry.get("id")): entry.get("status") for entry in entries}  # a router's
+        return {n: llama_swap.read_command(s.get("args")) for n, s in states.items() if isinstance(s, dict)}
+    if llama_swap.is_swap(entries):
+        seen.program, version = "llama-swap", _question(seen, ask, "/api/version").get("version")
+        seen.version = version if isinstance(version, str) else ""
+        running = _entries(_question(seen, ask, "/running"), "running")
+        return {str(one.get("model")): llama_swap.read_command(one.get("cmd")) for one in running}
+    seen.program = "an OpenAI-compatible server"
+    return {}
 
 
 def _aliases(entry: Mapping[str, Any]) -> Sequence[Any]:
     aliases = entry.get("aliases")
-    return aliases if isinstance(aliases, list) else []
+    return [*(aliases if isinstance(aliases, list) else []), *llama_swap.aliases_of(entry)]
 
 
 def _entries(value: Mapping[str, Any], key: str) -> list[Mapping[str, Any]]:

@@ -377,6 +377,7 @@ def write_down(memory: int, choices: Sequence[Choice], url: str) -> str:
     ]
     for number, choice in enumerate(choices):
         lines += ["", *_table(choice, first=number == 0, memory=memory)]
+    lines += _council(choices)
     return "\n".join([*lines, ""])
 
 
@@ -398,6 +399,19 @@ def _table(choice: Choice, *, first: bool, memory: int) -> Iterator[str]:
     yield from place.lines
     if choice.footprint.total > budget(memory):
         yield "# it needs nearly the whole machine: close other programs first"
+
+
+def _council(choices: Sequence[Choice]) -> Iterator[str]:
+    """Of the everyday model, twice, and the one that thinks, if there is one: `ask --council`."""
+    names = {choice.place.role: choice.place.name for choice in choices}
+    if "think" not in names:
+        return
+    yield ""
+    yield "[models.council]  # two answer apart, the chairman makes one answer of theirs; `ask --council`"
+    yield 'kind = "council"'
+    yield f"members = {json.dumps([names['fast']] * 2)}"
+    yield f"chairman = {json.dumps(names['think'])}"
+    yield "timeouts = { total = 900 }"
 
 
 def explain(memory: int, choices: Sequence[Choice], url: str, found: Sequence[Found] | None) -> Iterator[str]:

@@ -11,10 +11,16 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from email.utils import parsedate_to_datetime
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
+from portway import keys
+
+if TYPE_CHECKING:
+    from portway.config import Config
+
 PATIENCE = 3.0  # seconds; what is asked here is answered from memory
+AT_ONCE = 1.0  # seconds, for what a command can do without
 MAX_ANSWER = 4 * 1024 * 1024  # bytes; a long list of models
 
 
@@ -51,6 +57,19 @@ def ask(
         raise NoAnswer(f"no HTTP: {str(exc) or type(exc).__name__}") from exc
     finally:
         connection.close()
+
+
+def health(config: Config, environ: Mapping[str, str]) -> Mapping[str, Any] | None:
+    """What the daemon of `config` says of itself (GET /health); None if none answers there, or not at once, or
+    if no key is known that lets us hear more than that it is well."""
+    server = config.server
+    host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(server.host, server.host)  # noqa: S104 - not bound to
+    try:
+        url = f"http://{f'[{host}]' if ':' in host else host}:{server.port}"
+        told = ask(url, "/health", key=keys.plain(server.api_keys, environ), patience=AT_ONCE)
+    except OSError:
+        return None
+    return told.value if told.status == 200 and "uptime_s" in told.value else None
 
 
 def _object(raw: bytes) -> Mapping[str, Any]:

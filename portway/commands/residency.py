@@ -7,11 +7,14 @@ from __future__ import annotations
 
 import http.client
 import json
+import os
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from portway.keys import plain
 from portway.memory.footprint import shown
+from portway.stderr import printable
 
 if TYPE_CHECKING:
     from portway.config import Config
@@ -27,35 +30,47 @@ BAR = 40  # characters
 
 HELP: Mapping[str, str] = {
     "ps": """\
-usage: portway ps [--json]
+usage: portway ps [--config FILE] [--json]
 
 What is loaded where, how much memory it takes, until when it stays and how many
 requests use it; what waits; and the budget as a bar. Asks the running Portway,
 which asks its backends. Loads and wakes nothing.
 
 Options:
-  --json  print what the daemon said, for programs
+  --config FILE  the configuration of the Portway that is asked; `portway --help`
+                 says what is read without it
+  --json         print what the daemon said, for programs
 """,
     "models": """\
-usage: portway models [--json]
+usage: portway models [--config FILE] [--json]
 
 Every name, the model behind it, what it takes in memory (~ estimated, until it
 was loaded once), whether the backend has it, and whether it fits into memory:
 alone, and beside the model that `ask` means without a flag.
 
 Options:
-  --json  print what the daemon said, for programs
+  --config FILE  the configuration of the Portway that is asked; `portway --help`
+                 says what is read without it
+  --json         print what the daemon said, for programs
 """,
     "load": """\
-usage: portway load NAME
+usage: portway load [--config FILE] NAME
 
 Loads a model and returns once it is there. Makes room as a request would: idle
 models go, one in use is waited for. It stays as long as its keep_alive says.
+
+Options:
+  --config FILE  the configuration of the Portway that is asked; `portway --help`
+                 says what is read without it
 """,
     "unload": """\
-usage: portway unload NAME
+usage: portway unload [--config FILE] NAME
 
 Unloads a model, unless a request uses it.
+
+Options:
+  --config FILE  the configuration of the Portway that is asked; `portway --help`
+                 says what is read without it
 """,
 }
 
@@ -75,7 +90,7 @@ def main(command: str, words: Sequence[str], config: Config) -> int:
         print(f"portway {command}: {exc}; see `portway {command} --help`", file=sys.stderr)
         return USAGE
     except Refused as exc:
-        print(f"portway {command}: {exc}", file=sys.stderr)
+        print(f"portway {command}: {printable(str(exc))}", file=sys.stderr)
         return FAILED
     except (OSError, http.client.HTTPException) as exc:
         where = f"{config.server.host}:{config.server.port}"
@@ -112,7 +127,8 @@ class Daemon:
         server = config.server
         self._host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(server.host, server.host)  # noqa: S104 - not bound to
         self._port = server.port
-        self._headers = {"Authorization": f"Bearer {server.api_keys[0]}"} if server.api_keys else {}
+        key = plain(server.api_keys, os.environ)
+        self._headers = {"Authorization": f"Bearer {key}"} if key else {}
 
     def get(self, path: str) -> Any:
         """The JSON at `path`. Raises Refused, OSError and HTTPException."""
@@ -171,7 +187,7 @@ def _ps(said: Mapping[str, Any]) -> Iterator[str]:
         yield f"{wish['model']} waits for {wish['for']}, {wish['seconds']:.0f} s so far"
     for name, backend in said["backends"].items():
         if backend["problem"]:
-            yield f"backend {name}: {backend['problem']}; its models are not minded"
+            yield printable(f"backend {name}: {backend['problem']}; its models are not minded")
 
 
 def _bar(memory: Mapping[str, Any]) -> str:
@@ -224,4 +240,5 @@ def _span(seconds: float | None) -> str:
 def _table(head: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> Iterator[str]:
     widths = [max(map(len, column)) for column in zip(head, *rows, strict=True)]
     for row in (head, *rows):
-        yield "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
+        line = "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True))
+        yield printable(line.rstrip())

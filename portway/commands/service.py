@@ -40,7 +40,12 @@ UP_PATIENCE = 10.0  # seconds for the daemon to answer after it was started
 GONE_PATIENCE = 60.0  # seconds for launchd to let go of an agent, which it does when its process has ended
 LOOK_AGAIN = 0.2  # seconds between two looks
 LOG_LINES = 50
-FOLDERS = ("XDG_CONFIG_HOME", "XDG_DATA_HOME", "XDG_CACHE_HOME")  # what a service wouldn't know of a shell's
+FOLDERS = (
+    "XDG_CONFIG_HOME",
+    "XDG_DATA_HOME",
+    "XDG_CACHE_HOME",
+    "XDG_STATE_HOME",
+)  # what a service wouldn't know of a shell's
 
 HELP = """\
 usage: portway service install   [--config FILE] [--print]
@@ -58,7 +63,8 @@ on macOS, a systemd user unit on Linux. No root, and no other place than these:
   what it says ~/Library/Logs/portway.log, or the journal
 
   install    write both and start it; after an update, write and start anew
-  uninstall  stop it and remove both; configuration, log and cache stay
+  uninstall  stop it and remove both; configuration, log, cache and
+             measures stay
   status     whether it runs and answers; 0 if so, 3 if not
   logs       the last lines that it has said
 
@@ -251,10 +257,14 @@ def _collect(value: Any, found: list[str]) -> None:
     if isinstance(value, dict):
         for key, item in value.items():
             if key in ("api_key", "api_keys"):
-                keys = item if isinstance(item, list) else [item]
+                keys = [key.get("key") if isinstance(key, dict) else key for key in _listed(item)]
                 found += [key[4:] for key in keys if isinstance(key, str) and re.fullmatch(r"env:[A-Za-z_]\w*", key)]
             else:
                 _collect(item, found)
+
+
+def _listed(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else [value]
 
 
 def _job(system: System, paths: _Paths, served: config.Config, asked: str | None) -> Job:
@@ -385,7 +395,11 @@ def _uninstall(system: System, _options: _Options) -> int:
         system.run(["systemctl", "--user", "daemon-reload"])
     for path in removed:
         print(f"removed {path}")
-    print("Configuration, log and cache are where they were." if removed else "There is no service of Portway's here.")
+    print(
+        "Configuration, log, cache and measures are where they were."
+        if removed
+        else "There is no service of Portway's here."
+    )
     return OK
 
 
@@ -407,7 +421,8 @@ def _sentence(state: State, version: str | None, url: str) -> str:
     if not state.loaded:
         return "installed, but the service manager has not loaded it; `portway service install` does that"
     before = f"; before that it ended: {state.last}" if state.last else ""
-    again = f"; started again {state.restarts} times" if state.restarts else ""
+    count = {0: "", 1: "once", 2: "twice"}.get(state.restarts or 0, f"{state.restarts} times")
+    again = f"; started again {count}" if count else ""
     if not state.running:
         return f"not running{before.replace('before that ', '')}; `portway service logs` says more"
     if version is None:

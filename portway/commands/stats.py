@@ -34,23 +34,38 @@ LAST_LOOK = 60.0  # seconds by which a file's own time may lag behind its last l
 
 HELP = """\
 usage: portway stats [--since WHEN] [--model NAME] [--json] [--log FILE]
+                     [--config FILE]
 
 Says what the log says all together: per model its requests, how often the cache
 answered, how often another model had to, errors, how long answers and first
-words took, tokens a second, the share served locally, and what that saved.
+words took, tokens a second, the share served locally, and what that saved. If
+Portway runs and has trouble with its log or its cache, it says so.
 
 Options:
-  --since WHEN  only what came since then: 45m, 12h, 7d, 4w, or a date like
-                2026-11-01 or 2026-11-01T08:30 (UTC)
-  --model NAME  only requests for this logical model
-  --json        print one JSON document instead of a table
-  --log FILE    read this log, with its rotated files, instead of
-                ${XDG_DATA_HOME:-~/.local/share}/portway/log.jsonl
+  --since WHEN   only what came since then: 45m, 12h, 7d, 4w, or a date like
+                 2026-11-01 or 2026-11-01T08:30 (UTC)
+  --model NAME   only requests for this logical model
+  --json         print one JSON document instead of a table
+  --log FILE     read this log, with its rotated files, instead of
+                 ${XDG_DATA_HOME:-~/.local/share}/portway/log.jsonl
+  --config FILE  the configuration that says where log and Portway are
 """
 
 
-def main(argv: Sequence[str], environ: Mapping[str, str] | None = None) -> int:
-    """Do what `argv`, the words behind `portway stats`, ask for. Returns the exit code."""
+Health = Mapping[str, Any]  # what GET /health says
+
+
+def main(
+    argv: Sequence[str],
+    environ: Mapping[str, str] | None = None,
+    *,
+    log: str = "",
+    health: Callable[[], Health | None] = lambda: None,
+) -> int:
+    """Do what `argv`, the words behind `portway stats`, ask for. Returns the exit code.
+
+    log: the configured log's path, "" = the usual place. health: asks the daemon that writes it.
+    """
     environ = os.environ if environ is None else environ
     if "--help" in argv or "-h" in argv:
         print(HELP, end="")
@@ -60,12 +75,13 @@ def main(argv: Sequence[str], environ: Mapping[str, str] | None = None) -> int:
     except ValueError as exc:
         print(f"portway stats: {exc}\n\n{HELP}", end="", file=sys.stderr)
         return USAGE
-    path = os.path.abspath(os.path.expanduser(options.log)) if options.log else log_path(environ)
+    path = os.path.abspath(os.path.expanduser(options.log or log)) if options.log or log else log_path(environ)
     report = summarize(path, options.since, options.model)
+    told = None if options.log else health()
     if options.as_json:
-        print(json.dumps(as_json(report, path, options), indent=2))
+        print(json.dumps({**as_json(report, path, options), "daemon": _beside(told)}, indent=2))
     else:
-        print("\n".join(as_table(report, path, options, bars=_can_show_bars())))
+        print("\n".join([*as_table(report, path, options, bars=_can_show_bars()), *_troubles(told)]))
     return OK
 
 
@@ -205,10 +221,12 @@ _SUMS = (
 
 @dataclass(slots=True)
 class Report:
-    """What a log, or a part of it, says. broken: lines that can't be read, and files that end too early."""
+    """What a log, or a part of it, says. broken: lines that can't be read, and files that end too early.
+    not_running: how often `ask` found no daemon."""
 
     models: dict[str, Figures] = field(default_factory=dict)
     broken: int = 0
+    not_running: int = 0
 
     def add(self, lines: Iterable[Mapping[str, Any]], since: str, model: str | None) -> None:
         """Count those lines that came `since` then, for `model`."""
@@ -216,8 +234,11 @@ class Report:
         for line in lines:
             try:
                 ts, name = line["ts"], line["model"] or NO_MODEL
-                if ts < since or (model is not None and name != model) or line["endpoint"] == "ask":
-                    continue  # the daemon has a line of its own for what `ask` asked
+                if ts < since or (model is not None and name != model):
+                    continue
+                if line["endpoint"] == "ask":  # beside the daemon's line, or where there was no daemon
+                    self.not_running += line["error"] == "not_running"
+                    continue
                 figures = models.get(name)
                 if figures is None:
                     figures = models[name] = Figures()
@@ -229,6 +250,7 @@ class Report:
     def merge(self, other: Report) -> None:
         """Add up with what has been counted elsewhere."""
         self.broken += other.broken
+        self.not_running += other.not_running
         for name, figures in other.models.items():
             self.models.setdefault(name, Figures()).merge(figures)
 
@@ -394,6 +416,7 @@ def as_json(report: Report, path: str, options: Options) -> dict[str, Any]:
         "log": path,
         "since": options.since or None,
         "broken_lines": report.broken,
+        "ask_found_no_daemon": report.not_running,
         "total": _numbers(report.total()),
         "models": {name: _numbers(figures) for name, figures in _ranked(report)},
         "without_model": report.models[NO_MODEL].requests if NO_MODEL in report.models else 0,
@@ -448,9 +471,28 @@ def as_table(report: Report, path: str, options: Options, *, bars: bool) -> list
         lines += ["", "Answers and first words in p50/p95/p99; tok/s is the median; saved is in US dollars."]
     if NO_MODEL in report.models and options.model is None:
         lines.append(f"{report.models[NO_MODEL].requests:,} more requests named no model.")
+    if report.not_running:
+        lines.append(f"{report.not_running:,} times `ask` found no Portway running.")
     if report.broken:
         lines.append(f"{report.broken:,} lines could not be read.")
     return lines
+
+
+def _beside(told: Health | None) -> dict[str, Any] | None:
+    """Of the daemon's health what is beside its requests: log and cache. None = no daemon answers."""
+    return None if told is None else {part: told.get(part) for part in ("log", "cache")}
+
+
+def _troubles(told: Health | None) -> Iterator[str]:
+    """What is missing in the figures, and why, as far as the running daemon knows."""
+    for part, things in (("log", "lines were lost"), ("cache", "answers were not stored")):
+        state = (told or {}).get(part) or {}
+        if problem := state.get("problem"):
+            yield f"Now: {_harmless(problem)}."
+        if dropped := state.get("dropped"):
+            yield f"{dropped:,} {things} since Portway was started."
+        if notice := state.get("notice"):
+            yield f"Note: {_harmless(notice)}."
 
 
 def _table(report: Report, total: Figures, *, bars: bool) -> list[str]:

@@ -11,13 +11,12 @@ from __future__ import annotations
 import math
 import re
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from itertools import chain
 from typing import TYPE_CHECKING, Any
 
 from portway.cache import replay
-from portway.call import Attempt, Composed, Tally
+from portway.call import Attempt, Composed, Tally, finish, pieces_of
 from portway.council.json_schema import mismatch
 from portway.council.nested import Bill, PanelFailed, Retelling, content_of, document, fate, refuse_others, within
 from portway.errors import BackendError, ClientError, PortwayError
@@ -37,10 +36,12 @@ class CascadeBackend:
         self._models = config.models
         self._router = router
 
-    def open(self, call: Call, target: Model, limits: Limits, watch: Watch) -> CascadeAnswer:
-        """Nobody is asked before the answer is read. Raises ClientError for what a cascade can't do."""
+    async def open(self, call: Call, target: Model, limits: Limits, watch: Watch) -> CascadeAnswer:
+        """Nobody is asked before the answer is read. Raises ClientError for what a cascade can't do. From here
+        on the call is a thread's."""
         assert isinstance(target.panel, Cascade)  # noqa: S101 - State gives it no other
         refuse_others(call, target)
+        await watch.on_thread(for_good=True)
         steps = [Step(self._models[member.name], member.params) for member in target.panel.members]
         return CascadeAnswer(call, target, steps, self._router, limits.deadline, watch)
 
@@ -141,6 +142,7 @@ class Step:
     started: float = 0.0  # time.monotonic()
     seconds: float = 0.0
     served_by: str = ""
+    hosts: Sequence[str] = ()
     error: PortwayError | None = None
     warnings: list[str] = field(default_factory=list)
     tally: Tally = field(default_factory=Tally)
@@ -184,6 +186,7 @@ class CascadeAnswer(Composed):
         # asked for to be judged, not to be passed on; with tools, servers refuse them
         self._adds_logprobs = self._min_probability is not None and not any(map(call.body.get, ("logprobs", "tools")))
         self._open: tuple[Step, Served] | None = None  # whose answer is being read
+        self._pieces = self._told_pieces()
 
     @property
     def served_by(self) -> str:
@@ -196,21 +199,29 @@ class CascadeAnswer(Composed):
         steps = self._taken
         return {"X-Portway-Attempts": "; ".join(str(step.attempt) for step in steps)} if len(steps) > 1 else {}
 
+    @property
+    def hosts(self) -> Sequence[str]:
+        """Of every member that answered, whether its answer did or not."""
+        return [host for step in self._taken for host in step.hosts]
+
     # Answer's methods
 
-    def whole(self) -> bytes:
+    async def whole(self) -> bytes:
         """See Answer.whole."""
         raw = self._first_that_does() or self._last(stream=False).whole or b""
-        self.close()
+        self._shut()
         self.warnings = self._all_warnings()
         return document(self._call, self._name, loads(raw), self._bill().usage, self._told())
 
-    def pieces(self) -> Iterator[bytes]:
-        """See Answer.pieces."""
+    async def piece(self) -> bytes:
+        """See Answer.piece."""
+        return next(self._pieces, b"")
+
+    def _told_pieces(self) -> Iterator[bytes]:
         retelling = Retelling(self._call, self._name)
         raw = self._first_that_does()
         if raw is not None:
-            self.close()
+            self._shut()
             self.warnings = self._all_warnings()
             told_again = replay.replay(replay.plain_document(raw), self._call, self._name)
             yield retelling.tell(told_again) + retelling.end(self._bill().usage, self._told())
@@ -218,20 +229,24 @@ class CascadeAnswer(Composed):
         served = self._last(stream=True)
         self.warnings = self._all_warnings()
         try:
-            for piece in chain([served.first], served.rest):
+            for piece in pieces_of(served):
                 if told := retelling.tell(piece):
                     yield told
         except BackendError as error:  # as a PortwayError: the cascade is no target, and does not cool down
             raise self._failed(self._steps[-1], error) from error
-        self.close()
+        self._shut()
         yield retelling.end(self._bill().usage, self._told())
 
-    def close(self) -> None:
-        """See Answer.close; also what is known of the answer that was open is known now."""
+    async def close(self) -> None:
+        """See Answer.close."""
+        self._shut()
+
+    def _shut(self) -> None:
+        """Of the answer that is open nothing more is read; what is known of it is known now."""
         if self._open is None:
             return
         (step, served), self._open = self._open, None
-        served.answer.close()
+        finish(served.answer.close())
         step.seconds = time.monotonic() - step.started
         self.tally = replace(step.tally, decode_s=None, load_s=None)  # which are not those of all the tokens
         bill = self._bill()
@@ -255,7 +270,7 @@ class CascadeAnswer(Composed):
             if not step.reason:
                 step.reason = "ok"
                 return dumps(_without_logprobs(body)) if self._adds_logprobs else raw
-            self.close()
+            self._shut()
         return None
 
     def _last(self, *, stream: bool) -> Served:
@@ -275,10 +290,10 @@ class CascadeAnswer(Composed):
         if self._adds_logprobs and left > 1:
             body["logprobs"] = True
         call = within(self._call, step.model, body, (self._deadline - step.started) / left, stream=stream)
-        served = self._router.serve(call, self._watch, fallback=call.fallback)
+        served = finish(self._router.serve(call, self._watch, fallback=call.fallback))
         self._open = (step, served)
         step.reason, step.served_by, step.seconds = "ok", served.model.name, time.monotonic() - step.started
-        step.warnings, step.tally = served.answer.warnings, served.answer.tally
+        step.warnings, step.tally, step.hosts = served.answer.warnings, served.answer.tally, served.hosts
         return served
 
     def _failed(self, step: Step, error: PortwayError) -> PanelFailed:

@@ -20,10 +20,9 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from hashlib import sha256
-from itertools import chain
 from typing import TYPE_CHECKING, Any
 
-from portway.call import Attempt, Composed, Tally
+from portway.call import Attempt, Composed, Tally, finish, pieces_of
 from portway.council.nested import (
     Bill,
     PanelFailed,
@@ -97,23 +96,27 @@ class CouncilBackend:
         self._fits_together = fits_together
         self._scrubber = Scrubber(config.models.values())
 
-    def open(self, call: Call, target: Model, limits: Limits, watch: Watch) -> CouncilAnswer:
-        """Nobody is asked before the answer is read. Raises ClientError for what a council can't do."""
+    async def open(self, call: Call, target: Model, limits: Limits, watch: Watch) -> CouncilAnswer:
+        """Nobody is asked before the answer is read. Raises ClientError for what a council can't do. From here
+        on the call is a thread's: a council waits for threads, and each of those for sockets."""
         council = target.panel
         assert isinstance(council, Council)  # noqa: S101 - State gives it no other
         refuse_others(call, target)
         for name, why in _REFUSED.items():
             if call.body.get(name):
                 raise not_by(target, why, name)
+        await watch.on_thread(for_good=True)
         members = [self._complete(self._models[member.name]) for member in council.members]
         together = run_together(members, council.parallel, self._fits_together)
         chairman = self._complete(self._models[council.chairman])
+        others = self._chain(chairman)[1:] if call.fallback else []
+        chairs = [chairman, *map(self._complete, others)]
         now = time.monotonic()
         until = now + (limits.deadline - now) * MEMBERS_SHARE
         seats = _seats(call, council, members)
         lanes = _lanes(seats, chairman, together=together)
         meeting = Meeting(self._router, self._chain, call, seats, lanes, until)
-        charter = Charter(target.name, council, chairman, self._router, self._scrubber)
+        charter = Charter(target.name, council, chairs, self._router, self._scrubber)
         return CouncilAnswer(call, charter, meeting, limits.deadline, watch)
 
     def close(self) -> None:
@@ -152,6 +155,7 @@ class Seat:
     model: Model
     body: dict[str, Any]
     served_by: str = ""
+    hosts: Sequence[str] = ()  # where it was answered
     tokens: int = 0  # as far as they came; each chunk is one, which the backend's own count corrects
     text: str = ""
     seconds: float = 0.0
@@ -268,7 +272,7 @@ class Meeting:
 
     def wait(self, watch: Watch, until: float) -> None:
         """Until some seat is over, or until then. Raises ClientGone."""
-        if watch.readable(self._bell, until):
+        if finish(watch.readable(self._bell, until)):
             self._bell.recv(64)
 
     def end(self) -> None:
@@ -316,21 +320,21 @@ class Meeting:
 
     def _ask(self, seat: Seat, model: Model, seconds: float) -> None:
         call = within(self._call, model, seat.body, seconds, stream=True)
-        served = self._router.serve(call, LeashWatch(self._leash), fallback=call.fallback)
+        served = finish(self._router.serve(call, LeashWatch(self._leash), fallback=call.fallback))
         seat.served_by, seat.tally = served.model.name, served.answer.tally
         words: list[str] = []
         try:
             self._listen(served, seat, words)
         finally:
-            served.answer.close()
+            finish(served.answer.close())
             seat.text = without_thinking("".join(words))
-            seat.warnings = served.answer.warnings
+            seat.warnings, seat.hosts = served.answer.warnings, served.hosts
         if not seat.text:
             raise BackendError("empty_answer", "the answer has no text")
         seat.status = "cut" if seat.tally.finish_reason == "length" else "ok"
 
     def _listen(self, served: Served, seat: Seat, words: list[str]) -> None:
-        for chunk in chunks_of(chain([served.first], served.rest)):
+        for chunk in chunks_of(pieces_of(served)):
             for choice in chunk.get("choices") or ():
                 delta = choice.get("delta") or {}
                 words.append(content_of(delta))
@@ -355,17 +359,23 @@ class LeashWatch:
         self.phase = "waiting"
         self._leash = leash
 
-    def readable(self, sock: socket.socket, until: float) -> bool:
+    async def readable(self, sock: socket.socket, until: float) -> bool:
         """See Watch.readable."""
         return self._wait(sock.fileno(), select.POLLIN, until)
 
-    def writable(self, sock: socket.socket, until: float) -> bool:
+    async def writable(self, sock: socket.socket, until: float) -> bool:
         """See Watch.writable."""
         return self._wait(sock.fileno(), select.POLLOUT, until)
 
-    def pause(self, until: float) -> None:
+    async def pause(self, until: float) -> None:
         """See Watch.pause."""
         self._wait(-1, 0, until)
+
+    async def on_thread(self, *, for_good: bool = False) -> None:
+        """See Watch.on_thread."""
+
+    async def on_loop(self) -> None:
+        """See Watch.on_loop."""
 
     def _wait(self, fd: int, events: int, until: float) -> bool:
         poller = select.poll()
@@ -386,13 +396,33 @@ class LeashWatch:
 
 @dataclass(frozen=True, slots=True)
 class Charter:
-    """What a council goes by."""
+    """What a council goes by. chairs: the chairman, and who follows it where it fails."""
 
     name: str
     council: Council
-    chairman: Model
+    chairs: Sequence[Model]
     router: Router
     scrubber: Scrubber
+
+    @property
+    def readers(self) -> list[Model]:
+        """Of the chairs those for each of which the question has to be made anew, with the chairs behind them as
+        its fallback: what was made for the one before may be too long for it, or show it an image."""
+        readers: list[Model] = []
+        for number, chair in enumerate(self.chairs):
+            if not readers or not _reads_as_much(chair, readers[-1]):
+                readers.append(replace(chair, fallback=tuple(other.name for other in self.chairs[number + 1 :])))
+        return readers
+
+
+def _reads_as_much(model: Model, than: Model) -> bool:
+    wide = model.num_ctx is None or (than.num_ctx is not None and model.num_ctx >= than.num_ctx)
+    return wide and (_sees(model) or not _sees(than))
+
+
+def _sees(model: Model) -> bool:
+    """Whether it takes images, or may."""
+    return model.capabilities is None or "vision" in model.capabilities
 
 
 class CouncilAnswer(Composed):
@@ -407,9 +437,10 @@ class CouncilAnswer(Composed):
         self._seats = meeting.seats
         self._deadline = deadline
         self._watch = watch
-        self._chair = Seat("", charter.chairman, {})  # the chairman's own fate, told like a member's
+        self._chair = Seat("", charter.chairs[0], {})  # the chairman's own fate, told like a member's
         self._chair_taken = 0.0  # time.monotonic() when it was asked
         self._served: Served | None = None  # its answer, as long as that is open
+        self._pieces = self._told_pieces()
 
     # what the client is told
 
@@ -425,6 +456,11 @@ class CouncilAnswer(Composed):
     def headers(self) -> Mapping[str, str]:
         """X-Council, once it is known how the members fared."""
         return {"X-Council": self._verdict()} if self._meeting.is_over else {}
+
+    @property
+    def hosts(self) -> Sequence[str]:
+        """Of the members and the chairman."""
+        return [host for seat in (*self._seats, self._chair) for host in seat.hosts]
 
     def _verdict(self) -> str:
         """X-Council: "ok" if everyone answered in full, and as itself."""
@@ -455,9 +491,12 @@ class CouncilAnswer(Composed):
 
     # Answer's methods
 
-    def pieces(self) -> Iterator[bytes]:
-        """See Answer.pieces. The first word on the members' progress already counts as content: from then on
+    async def piece(self) -> bytes:
+        """See Answer.piece. The first word on the members' progress already counts as content: from then on
         nothing can be taken back, and a chairman that fails is dealt with in here."""
+        return next(self._pieces, b"")
+
+    def _told_pieces(self) -> Iterator[bytes]:
         retelling = Retelling(self._call, self._charter.name)
         for words in self._hear():
             yield retelling.say(reasoning_content=words, reasoning=words)
@@ -468,7 +507,7 @@ class CouncilAnswer(Composed):
             raise self._broken(error) from error
         yield retelling.end(self._bill().usage, self._told(self._verdict()))
 
-    def whole(self) -> bytes:
+    async def whole(self) -> bytes:
         """See Answer.whole."""
         for _ in self._hear():
             pass  # a plain answer has no place for words on its progress
@@ -477,11 +516,11 @@ class CouncilAnswer(Composed):
         self.warnings = self._all_warnings()
         return document(self._call, self._charter.name, body, self._bill().usage, self._told(self._verdict()))
 
-    def close(self) -> None:
+    async def close(self) -> None:
         """See Answer.close: all are sent home, and wait for no one."""
         self._meeting.end()
         if self._served is not None:
-            self._served.answer.close()
+            await self._served.answer.close()
             self._take_stock(self._served.answer.tally)
             self._served = None
 
@@ -543,48 +582,60 @@ class CouncilAnswer(Composed):
     # then the chairman
 
     def _ask_chairman(self, *, stream: bool) -> Served | None:
-        """Its answer, or that of the next in its chain; None if a member's has to stand in for it."""
-        body = {**self._call.body, "messages": self._chairmans_messages()}
-        chair, now = self._chair, time.monotonic()
-        call = within(self._call, chair.model, body, self._deadline - now, stream=stream)
-        self._chair_taken = now
-        try:
-            served = self._served = self._charter.router.serve(call, self._watch, fallback=call.fallback)
-        except PortwayError as error:
-            if self._is_for_nobody_else(error):
-                raise
-            chair.error, chair.status = error, error.code or error.type
-        else:
-            chair.served_by, chair.tally, chair.status = served.model.name, served.answer.tally, "ok"
-            chair.warnings = served.answer.warnings
-        chair.over = True
-        return self._served
+        """Its answer, or that of the next in its chain, each asked what it can read; None if a member's has to
+        stand in for it."""
+        self._chair_taken = time.monotonic()
+        failures: list[PortwayError] = []
+        for chair in self._charter.readers:
+            try:
+                served = self._served = self._ask_chair(chair, stream=stream)
+            except PortwayError as error:
+                if isinstance(error, ClientError) or error.code == "bad_request":
+                    raise  # the request itself is at fault
+                failures.append(error)
+                if time.monotonic() >= self._deadline:
+                    break
+            else:
+                self._take_chair(served)
+                return served
+        if self._wants_form():
+            raise failures[0]
+        self._chair.error, self._chair.status = failures[0], failures[0].code or failures[0].type
+        self._chair.over = True
+        return None
 
-    def _chairmans_messages(self) -> list[dict[str, Any]]:
+    def _ask_chair(self, chair: Model, *, stream: bool) -> Served:
+        body = {**self._call.body, "messages": self._messages_for(chair)}
+        call = within(self._call, chair, body, self._deadline - time.monotonic(), stream=stream)
+        return finish(self._charter.router.serve(call, self._watch, fallback=call.fallback))
+
+    def _take_chair(self, served: Served) -> None:
+        chair = self._chair
+        chair.served_by, chair.tally, chair.status = served.model.name, served.answer.tally, "ok"
+        chair.warnings, chair.hosts = served.answer.warnings, served.hosts
+        chair.over = True
+
+    def _messages_for(self, chair: Model) -> list[dict[str, Any]]:
         asked: list[dict[str, Any]] = self._call.body["messages"]
-        subject, prompt, chairman = question(asked), self._charter.council.chairman_prompt, self._charter.chairman
+        subject, prompt = question(asked), self._charter.council.chairman_prompt
         seats = sorted((seat for seat in self._seats if seat.has_answered), key=lambda seat: seat.letter)
         texts = [self._charter.scrubber.scrub(seat.text, subject) for seat in seats]
-        if chairman.num_ctx is not None:
-            texts = fitted(texts, room_in(chairman.num_ctx, asked, prompt, self._most_tokens()))
+        if chair.num_ctx is not None:
+            texts = fitted(texts, room_in(chair.num_ctx, asked, prompt, self._most_tokens()))
         responses = [Response(seat.letter, text, seat.status == "ok") for seat, text in zip(seats, texts, strict=True)]
-        if chairman.capabilities is not None and "vision" not in chairman.capabilities:
-            asked = without_images(asked)
-        return for_chairman(asked, responses, prompt)
+        return for_chairman(asked if _sees(chair) else without_images(asked), responses, prompt)
 
     def _most_tokens(self) -> int | None:
         said = [self._call.body.get(name) for name in _BOUNDS]
         return next((most for most in said if isinstance(most, int) and most > 0), None)
 
-    def _is_for_nobody_else(self, error: PortwayError) -> bool:
-        """Whether a member's answer would be none: the request itself is at fault, or wants a form that only
-        the chairman was told of."""
+    def _wants_form(self) -> bool:
+        """Whether a form was asked for, which only the chairman was told of: a member's answer would have none."""
         wanted = self._call.body.get("response_format")
-        formed = isinstance(wanted, dict) and wanted.get("type") not in (None, "text")
-        return isinstance(error, ClientError) or error.code == "bad_request" or formed
+        return isinstance(wanted, dict) and wanted.get("type") not in (None, "text")
 
     def _relayed(self, served: Served, retelling: Retelling) -> Iterator[bytes]:
-        for piece in chain([served.first], served.rest):
+        for piece in pieces_of(served):
             if told := retelling.tell(piece):
                 yield told
 

@@ -12,6 +12,7 @@ import time
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
+from portway.errors import BackendError, PortwayError
 from portway.memory.arbiter import LOADED, Resident
 from portway.memory.residency import FOR_EVER
 from portway.request import find_model
@@ -29,17 +30,24 @@ def overview(residency: Residency, watch: Watch) -> dict[str, Any]:
 
 
 def load(residency: Residency, body: Any, watch: Watch) -> dict[str, Any]:
-    """Load a model, making room as a request would. Raises ClientError, BackendError and ClientGone."""
+    """Load a model, making room as a request would. Raises PortwayError and ClientGone."""
     model = _model(residency, body)
     started = time.monotonic()
-    residency.load(model, watch, started + model.timeouts.load)
+    try:
+        residency.load(model, watch, started + model.timeouts.load)
+    except BackendError as error:
+        raise _told(error) from error
     return {"model": model.name, "loaded": True, "seconds": round(time.monotonic() - started, 3)}
 
 
 def unload(residency: Residency, body: Any, watch: Watch) -> dict[str, Any]:
     """Unload a model that nobody uses; `unloaded` is false if it was not loaded. Raises likewise."""
     model = _model(residency, body)
-    return {"model": model.name, "unloaded": residency.unload(model, watch, time.monotonic() + model.timeouts.load)}
+    try:
+        unloaded = residency.unload(model, watch, time.monotonic() + model.timeouts.load)
+    except BackendError as error:
+        raise _told(error) from error
+    return {"model": model.name, "unloaded": unloaded}
 
 
 def health(residency: Residency) -> dict[str, Any]:
@@ -154,6 +162,19 @@ def _fit(snapshot: Snapshot, seat: Seat | None) -> dict[str, Any]:
         both = seat.need.size + (0 if usual.runner == seat.runner else usual.need.size)
         fit["fits_beside"] = both <= limit and (usual.runner != seat.runner or usual.shape.serves(seat.shape))
     return fit
+
+
+def _told(error: BackendError) -> PortwayError:
+    """The same for who asked for it himself, and not by way of a chain: its way out, and when to come again."""
+    text = error.message.rstrip(".") + "."
+    wait = {} if error.retry_after is None else {"Retry-After": str(max(1, round(error.retry_after)))}
+    return PortwayError(
+        f"{text} Way out: {error.way_out}." if error.way_out else text,
+        status=error.status,
+        type=error.type,
+        code=error.code,
+        headers=wait,
+    )
 
 
 def _model(residency: Residency, body: Any) -> Model:

@@ -127,6 +127,11 @@ class Resident:
             return SERVERS_OWN if self.left is None else self.left
         return self.keep_alive if self.keep_alive >= 0 else math.inf
 
+    @property
+    def is_weighed(self) -> bool:
+        """Whether its size is that of a shape that is known."""
+        return self.ours and self.size > 0 and self.shape.options is not None
+
     def is_there_for(self, wish: Wish) -> bool:
         """Whether the wish need not load anything."""
         return self.status in (LOADED, LOADING) and self.shape.serves(wish.shape)
@@ -263,10 +268,15 @@ class Ledger:
         return served
 
     def began(self, wish: Wish, now: float) -> None:
-        """Its first content is in: what it may have loaded is loaded."""
+        """Its first content is in: what it may have loaded is loaded, and has the shape that it asked for."""
         resident = wish.resident
-        if resident is not None and resident.status == LOADING:
+        if resident is None:
+            return
+        if resident.status == LOADING:
             resident.status, resident.loaded_at, resident.changed_at = LOADED, now, now
+        if resident.shape.options is None:  # another client had loaded it; its server loads anew where that differs
+            window = resident.shape.num_ctx if wish.shape.num_ctx is None else wish.shape.num_ctx
+            resident.shape = Shape(window, wish.shape.options)
 
     def release(self, wish: Wish, now: float) -> None:
         """It is over, well or not."""
@@ -310,6 +320,17 @@ class Ledger:
         if resident.status == LEAVING:
             resident.status, resident.spared_until, resident.changed_at = DOUBTFUL, until, now
 
+    def surplus(self, now: float) -> tuple[Resident, ...]:
+        """What should go where a budget that was set is exceeded all the same, since an estimate was too low or
+        another client has loaded something: of what is idle, and Portway's, whoever goes first. Not where the budget
+        follows the machine: there the only model of a small one would go after each answer."""
+        counted = [r for r in self.residents.values() if r.runner.backend in self.counted]
+        over = sum(r.size for r in counted) - (self.budget.now or 0)
+        if not self.budget.firm or over <= 0 or self.waiting or any(r.status in (LOADING, LEAVING) for r in counted):
+            return ()
+        idle = [r for r in counted if r.ours and not r.fixed and not r.users and r.status == LOADED]
+        return _plan([r for r in idle if max(r.loaded_at + self.min_stay, r.spared_until) <= now], over, now)
+
     # --- what the backends say
 
     def merge(self, backend: str, seen: Iterable[Seen], began: float, now: float) -> None:
@@ -339,8 +360,8 @@ class Ledger:
                 del self.residents[runner]
 
     def _is_gone(self, resident: Resident, began: float, now: float) -> bool:
-        if resident.users or resident.status in (LOADING, LEAVING) or resident.changed_at >= began:
-            return False
+        if resident.users or resident.status == LEAVING or resident.changed_at >= began:
+            return False  # what loads and has no user is another client's: its load has failed
         # a load that was given up is not listed either, as long as its server winds it up
         return resident.status != DOUBTFUL or now >= resident.changed_at + DOUBT
 

@@ -42,7 +42,7 @@ def need_of(*, weights: int | None, said: int | None, name: str, window: int, pe
 
 def measured(size: int) -> Need:
     """What it took the last time."""
-    return Need(size, size, shown(size))
+    return Need(size, size, f"{shown(size)}, as measured")
 
 
 def estimated_weights(name: str) -> int | None:

@@ -16,12 +16,13 @@ import math
 import socket
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Self
 
+from portway.call import finish
 from portway.errors import BackendError, ClientError
-from portway.memory import footprint
+from portway.memory import footprint, refusals
 from portway.memory import machine as memory
 from portway.memory.arbiter import (
     LEAVING,
@@ -41,14 +42,14 @@ from portway.memory.arbiter import (
     Shape,
     Wish,
 )
-from portway.memory.footprint import shown
+from portway.memory.budget import budget_of, is_here
+from portway.memory.measured import Measure, Measurements, Notebook, Thing
 from portway.memory.resident import Engine, await_gone, engine_of, shape_of
 from portway.watch import NoClient
 
 if TYPE_CHECKING:
     from portway.call import Answer, Tally, Watch
-    from portway.config import Backend, Config, Model
-    from portway.config import Memory as Rule
+    from portway.config import Config, Model
 
 GLANCE = 1.0  # seconds a look may take on a request's way; it is answered from memory, in milliseconds
 FRESH = 1.0  # seconds a look at the backends is believed; one is taken before each load
@@ -95,7 +96,7 @@ class Place:
     def began(self) -> None:
         """The first content is in: the model is loaded, by whomever."""
         resident = self.wish.resident
-        if resident is not None and resident.status == LOADING:
+        if resident is not None and (resident.status == LOADING or resident.shape.options != self.wish.shape.options):
             self._residency.began(self.wish)
 
     def leave(self, load_s: float | None = None) -> None:
@@ -127,7 +128,7 @@ class Free:
 _FREE = Free()
 
 
-def anywhere(_target: Model, _watch: Watch, _until: float, _others: Iterable[Model] = ()) -> Free:
+async def anywhere(_target: Model, _watch: Watch, _until: float, _others: Iterable[Model] = ()) -> Free:
     """Residency.place where there is no arbiter."""
     return _FREE
 
@@ -141,25 +142,23 @@ class _Held:
         self._answer = answer
         self._place = place
 
-    def pieces(self) -> Iterator[bytes]:
-        """See Answer.pieces."""
-        pieces = self._answer.pieces()
-        for first in pieces:
-            self._place.began()
-            yield first
-            break
-        yield from pieces
+    async def piece(self) -> bytes:
+        """See Answer.piece. From the second one on it is the answer's own: there are many."""
+        piece = await self._answer.piece()
+        self._place.began()
+        self.piece = self._answer.piece  # type: ignore[method-assign]
+        return piece
 
-    def whole(self) -> bytes:
+    async def whole(self) -> bytes:
         """See Answer.whole."""
-        whole = self._answer.whole()
+        whole = await self._answer.whole()
         self._place.began()
         return whole
 
-    def close(self) -> None:
+    async def close(self) -> None:
         """See Answer.close."""
         try:
-            self._answer.close()
+            await self._answer.close()
         finally:
             self._place.leave(self.tally.load_s)
 
@@ -230,37 +229,14 @@ class _Ticket:
                 end.close()
 
 
-def budget_of(rule: Rule, reading: memory.Reading, resident: int) -> Budget:
-    """Bytes for models. resident: what those that are loaded take now.
-
-    Without a budget of the user's it follows the machine: what others do not use is for models, so that idle
-    ones go when memory gets short; but only what exceeds the machine itself is ever refused, since what is
-    short now may be free soon, and a number that is wrong must not keep anybody from trying.
-    """
-    if rule.budget is not None:
-        return Budget(rule.budget, rule.budget, firm=True)
-    if reading.total is None or reading.apart:
-        return Budget()
-    ceiling = max(0, reading.total - rule.reserve)
-    if reading.available is None:
-        return Budget(ceiling, ceiling)
-    return Budget(max(0, min(ceiling, reading.available + resident - rule.reserve)), ceiling)
-
-
-def is_here(backend: Backend) -> bool:
-    """Whether a backend's models live in this machine's memory: as configured, else by its address."""
-    if backend.local is not None:
-        return backend.local
-    return backend.host in ("localhost", "::1") or backend.host.startswith("127.")
-
-
 # --- the arbiter ----------------------------------------------------------------------------------
 
 
 class Residency:
     """Places for requests, by one configuration after the other: what is known outlives a reload.
 
-    say: told of what the monitor repairs and of preloading that failed. read: what the machine has.
+    say: told of what the monitor repairs and of preloading that failed. read: what the machine has. notebook: where
+    what was measured outlives the daemon.
     """
 
     def __init__(
@@ -269,16 +245,18 @@ class Residency:
         *,
         read: Callable[[], memory.Reading] = memory.read,
         say: Callable[[str], None] = lambda _text: None,
+        notebook: Notebook | None = None,
     ) -> None:
         self._read = read
         self._say = say
+        self._notebook = notebook
+        self._unwritten: dict[Thing, Measure] = {}  # what the notebook has not taken yet; the monitor's
         self._lock = threading.Lock()  # guards all below but the two events
         self._ledger = Ledger()
         self._tickets: dict[Wish, _Ticket] = {}
         self._engines: dict[str, Engine] = {}
         self._hearing: dict[str, _Hearing] = {}
-        self._measured: dict[tuple[Runner, Shape], int] = {}  # bytes that a model really took
-        self._load_times: dict[Runner, float] = {}
+        self._measured = Measurements(notebook.read() if notebook else None)
         self._held: dict[str, float] = {}  # backend -> seconds a place was last held, roughly
         self._reading = memory.Reading()
         self._used_at = -math.inf
@@ -326,6 +304,8 @@ class Residency:
         self._poke.set()
         if self._thread is not None:
             self._thread.join(timeout)
+        if self._thread is None or not self._thread.is_alive():
+            self.save()
         with self._lock:
             engines = list(self._engines.values())
         for engine in engines:
@@ -333,7 +313,7 @@ class Residency:
 
     # --- for the router
 
-    def place(self, target: Model, watch: Watch, until: float, others: Iterable[Model] = ()) -> Place | Free:
+    async def place(self, target: Model, watch: Watch, until: float, others: Iterable[Model] = ()) -> Place | Free:
         """A place for one attempt at `target`; waits for it until then at most. others: the members of the
         chain that come after it. Raises BackendError `queue_full`, `does_not_fit`, `no_room` or `cold`, and
         ClientGone."""
@@ -343,11 +323,20 @@ class Residency:
         now = self._used_at = time.monotonic()
         if self._asleep:
             self._poke.set()
-        wish = _wish(seat, now)
+        model = seat.model
+        wish = Wish(model.name, seat.runner, seat.shape, seat.need, model.keep_alive, now)
         with self._lock:
             taken = self._ledger.take(wish, now)
         if not taken:
+            await watch.on_thread()
             wish = self._arrange(seat, watch, until, others)
+            place = Place(self, wish)
+            try:
+                await watch.on_loop()
+            except BaseException:
+                place.leave()
+                raise
+            return place
         return Place(self, wish)
 
     def began(self, wish: Wish) -> None:
@@ -355,7 +344,7 @@ class Residency:
         with self._lock:
             now = time.monotonic()
             if wish.loads:
-                self._load_times[wish.runner] = now - wish.granted_at
+                self._time(wish, now - wish.granted_at)
             self._ledger.began(wish, now)
             rung = self._turn(now)
         _ring(rung)
@@ -367,7 +356,7 @@ class Residency:
             now = time.monotonic()
             self._ledger.release(wish, now)
             if wish.loads and load_s:
-                self._load_times[wish.runner] = load_s
+                self._time(wish, load_s)
             rung = self._turn(now) if self._ledger.waiting else []
             if rung:
                 backend = wish.runner.backend
@@ -380,7 +369,7 @@ class Residency:
 
     def load(self, model: Model, watch: Watch, until: float) -> None:
         """Load a model, making room as for a request. Raises as `place`, and what the backend says."""
-        with self.place(model, watch, until) as place:
+        with finish(self.place(model, watch, until)) as place:
             seat = self._seats.get(model.name)
             if seat is None or seat.engine is None:
                 raise BackendError("unsupported", f"backend {model.backend.name} can't be told to load a model")
@@ -399,6 +388,8 @@ class Residency:
             resident = self._ledger.residents.get(self._seats[model.name].runner)
             if resident is None:
                 return False
+            if resident.fixed:
+                raise refusals.fixed(model.name, model.backend.name)
             if resident.users or resident.status in (LOADING, LEAVING):
                 message = f"{model.name} is in use: {resident.users} requests, {resident.status}."
                 raise ClientError(message, status=409, code="model_in_use")
@@ -453,14 +444,14 @@ class Residency:
             if isinstance(action, Go):
                 return
             if isinstance(action, Refuse):
-                raise _does_not_fit(ticket.wish, action, self._seats[ticket.wish.name].model.backend.name)
+                raise refusals.does_not_fit(ticket.wish, action)
             if isinstance(action, Clear):
                 self._clear(ticket, action, watch, until)
             elif ear is not None:
                 self._wait(ticket, ear, watch, min(until, retry_at), until)
 
     def _wait(self, ticket: _Ticket, ear: socket.socket, watch: Watch, wake_at: float, until: float) -> None:
-        if watch.readable(ear, wake_at):
+        if finish(watch.readable(ear, wake_at)):
             ticket.silence()
             return
         now = time.monotonic()
@@ -468,7 +459,7 @@ class Residency:
             if ticket.action is not None:
                 return
             if now >= until:
-                raise self._no_room(ticket.wish, now)
+                raise refusals.no_room(ticket.wish, now, self._held.get(ticket.wish.runner.backend, 5.0))
             rung = self._turn(now)
         _ring(rung)
 
@@ -565,9 +556,9 @@ class Residency:
             return Seat(model, None, Runner(model.backend.name, model.model), Shape())
         known = engine.known(model)
         runner, shape = Runner(model.backend.name, known.runner), shape_of(model, known)
-        if (size := self._measured.get((runner, shape))) is not None:
+        if (size := self._measured.size(model.backend.url, runner.name, shape)) is not None:
             return Seat(model, engine, runner, shape, footprint.measured(size), known.present, measured=True)
-        if not known.present:
+        if not known.present or known.elsewhere:
             return Seat(model, engine, runner, shape, None, known.present)
         window = shape.num_ctx or model.num_ctx or known.window or WINDOW
         need = footprint.need_of(
@@ -577,17 +568,26 @@ class Residency:
 
     def _merge(self, backend: str, engine: Engine, seen: Sequence[Seen], began: float) -> list[_Ticket]:
         """What a look has shown. Whom to wake."""
-        now = time.monotonic()
+        now, configured = time.monotonic(), self._config.backends.get(backend)
+        if configured is None:
+            return []  # it was taken out of the configuration meanwhile
         if not engine.measures:  # a size from the configuration is better than an estimate
-            said = {s.runner.name: s.model.size for s in self._seats.values() if s.runner.backend == backend}
+            self._learn()  # by now it is known which names stand for the same
+            seats = [seat for seat in self._seats.values() if seat.runner.backend == backend]
+            said = {seat.runner.name: seat.model.size for seat in seats if seat.model.size is not None}
             seen = [one._replace(size=said.get(one.name) or one.size) for one in seen]
         self._ledger.merge(backend, seen, began, now)
         if engine.measures:
             for resident in self._ledger.residents.values():
-                if resident.runner.backend == backend and resident.status == LOADED and resident.ours and resident.size:
-                    self._measured[resident.runner, resident.shape] = resident.size
+                if resident.runner.backend == backend and resident.status == LOADED and resident.is_weighed:
+                    self._measured.weigh(configured.url, resident.runner.name, resident.shape, resident.size)
         self._learn()
         return self._turn(now)
+
+    def _time(self, wish: Wish, seconds: float) -> None:
+        backend = self._config.backends.get(wish.runner.backend)
+        if backend is not None:  # else it was taken out of the configuration meanwhile
+            self._measured.time(backend.url, wish.runner.name, seconds)
 
     def _set_budget(self) -> None:
         """As of now. Not while anything loads: it counts in full, and has not taken its memory yet."""
@@ -658,7 +658,7 @@ class Residency:
             now = time.monotonic()
             if self._is_warm(seat, now):
                 return
-            takes = self._load_times.get(seat.runner)
+            takes = self._measured.load_time(seat.model.backend.url, seat.runner.name)
             if takes is None:
                 takes = seat.need.size / SLOWEST if seat.need is not None else math.inf
             if takes <= min(seat.model.timeouts.first_token, until - now):
@@ -666,11 +666,7 @@ class Residency:
             seats = [self._seats[other.name] for other in others if other.name in self._seats]
             warm = next((other.model.name for other in seats if self._is_warm(other, now)), None)
         if warm is not None:
-            raise BackendError(
-                "cold",
-                f"skipped, as loading it takes about {takes:.0f} s, and {warm} is loaded",
-                detail=f"load {takes:.0f}s",
-            )
+            raise refusals.cold(takes, warm)
 
     def _is_warm(self, seat: Seat, now: float) -> bool:
         resident = self._ledger.residents.get(seat.runner)
@@ -681,23 +677,8 @@ class Residency:
     def _queue_full(self, wish: Wish) -> BackendError:
         """Under the lock."""
         backend = wish.runner.backend
-        lane = self._ledger.lanes[backend]
-        seconds = self._held.get(backend, 1.0) * (self._ledger.queued(backend) + 1) / (lane.max_parallel or 1)
-        return BackendError(
-            "queue_full",
-            f"{lane.max_queue} requests wait for {backend} already",
-            detail=f"{lane.max_queue} waiting",
-            retry_after=min(60.0, max(1.0, seconds)),
-        )
-
-    def _no_room(self, wish: Wish, now: float) -> BackendError:
-        waited = now - wish.since
-        return BackendError(
-            "no_room",
-            f"waited {waited:.1f} s for {wish.why or 'its turn'}",
-            detail=f"waited for {wish.why or 'its turn'}",
-            retry_after=min(60.0, max(1.0, self._held.get(wish.runner.backend, 5.0))),
-        )
+        held = self._held.get(backend, 1.0)
+        return refusals.queue_full(backend, self._ledger.lanes[backend], self._ledger.queued(backend), held)
 
     # --- the monitor
 
@@ -711,6 +692,7 @@ class Residency:
             self._asleep = False
             if not self._stopping.is_set():
                 self.check()
+                self.save()
 
     def _until_next_round(self) -> float | None:
         """Seconds; None = not before something is used."""
@@ -724,7 +706,8 @@ class Residency:
         return max(0.05, min(dues) - now) if dues else None
 
     def check(self) -> None:
-        """One round: look at each backend, unload what outstayed, correct what another client has changed."""
+        """One round: look at each backend, unload what outstayed or is too much, correct what another client has
+        changed."""
         watch = NoClient()
         with self._lock:
             engines = list(self._engines.items()) if time.monotonic() - self._used_at < RECENT else []
@@ -736,12 +719,32 @@ class Residency:
             outstayed = [r for r in self._ledger.residents.values() if self._is_overdue(r)]
             for resident in outstayed:
                 self._ledger.leaving(resident)
-            off = [r for r in self._ledger.residents.values() if r not in outstayed and self._is_off(r)]
-        for resident in outstayed:
+            surplus = self._ledger.surplus(time.monotonic())
+            for resident in surplus:
+                self._ledger.leaving(resident)
+            off = [r for r in self._ledger.residents.values() if self._is_off(r)]
+        for resident in (*outstayed, *surplus):
             if self._unload(resident, watch, time.monotonic() + UNLOADING):
-                self._say(f"unloaded {resident.told}, idle for longer than its keep_alive")
+                why = "as memory.budget is exceeded" if resident in surplus else "idle for longer than its keep_alive"
+                self._say(f"unloaded {resident.told}, {why}")
         for resident in off:
             self._repair(resident, watch)
+
+    def save(self) -> None:
+        """Write down what was measured. A disk that does not take it is told of once, and tried again."""
+        if self._notebook is None:
+            return
+        with self._lock:
+            new = self._measured.unsaved()
+        told = bool(self._unwritten)
+        self._unwritten |= new
+        try:
+            self._notebook.add(self._unwritten)
+        except OSError as exc:
+            if not told:
+                self._say(f"{self._notebook.path}: what was measured can't be kept: {exc.strerror or exc}")
+        else:
+            self._unwritten = {}
 
     def _due(self, resident: Resident) -> float | None:
         """Under the lock: when it is to be unloaded, where its server does not do so by itself."""
@@ -812,7 +815,11 @@ class Residency:
                 seats=dict(self._seats),
                 kinds={name: engine.kind for name, engine in self._engines.items()},
                 problems={name: hearing.problem for name, hearing in self._hearing.items() if hearing.problem},
-                load_times=dict(self._load_times),
+                load_times={
+                    seat.runner: seconds
+                    for seat in self._seats.values()
+                    if (seconds := self._measured.load_time(seat.model.backend.url, seat.runner.name)) is not None
+                },
             )
 
     def fit_together(self, models: Iterable[Model]) -> bool | None:
@@ -855,17 +862,6 @@ class Snapshot:
 
 def _wish(seat: Seat, now: float) -> Wish:
     return Wish(seat.model.name, seat.runner, seat.shape, seat.need, seat.model.keep_alive, now)
-
-
-def _does_not_fit(wish: Wish, refusal: Refuse, backend: str) -> BackendError:
-    beside = f", of which {shown(refusal.beside)} can't be unloaded" if refusal.beside else ""
-    return BackendError(
-        "does_not_fit",
-        f"{wish.name} needs {refusal.need.words}; the budget is {shown(refusal.limit)}{beside}",
-        detail=f"{shown(refusal.need.size)} of {shown(refusal.limit)}",
-        way_out=f"ask a smaller model, raise memory.budget, or set backends.{backend}.local = false if that server "
-        "runs on another machine",
-    )
 
 
 def _ring(tickets: Iterable[_Ticket]) -> None:

@@ -3,7 +3,7 @@
     Ollama        GET /api/ps, /api/tags, POST /api/show; an empty /api/chat loads, keep_alive 0 unloads
     llama-server  as a router GET /v1/models with each model's status, POST /models/load and /models/unload;
                   with one model it has that one, always
-    llama-swap    GET /running, POST /api/models/unload/NAME; a GET of the model's own /health loads it
+    llama-swap    GET /running, POST /api/models/unload/NAME; a GET of the model's own /health loads it (llama_swap.py)
 
 Only `load`, and `keep` on what is loaded, may ever load something; everything else is asked of a server's list. What
 follows from an answer is decided elsewhere (arbiter.py). What no such server answers is told by BackendError.
@@ -12,10 +12,9 @@ follows from an answer is decided elsewhere (arbiter.py). What no such server an
 from __future__ import annotations
 
 import math
-import os
 import re
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime
 from typing import TYPE_CHECKING, Any, Protocol
@@ -23,11 +22,12 @@ from urllib.parse import quote
 
 from portway.backends.transport import Patience, Pool
 from portway.backends.upstream import MAX_ERROR, error_of, request_head
-from portway.call import Limits, Watch
+from portway.call import Limits, Watch, finish
 from portway.errors import BackendError
+from portway.memory import llama_swap
 from portway.memory.arbiter import Seen, Shape
 from portway.memory.footprint import need_of, per_token
-from portway.wire.events import WireError, dumps, loads
+from portway.wire.events import SSEReader, WireError, dumps, loads
 from portway.wire.translate import chat_request, embed_request
 
 if TYPE_CHECKING:
@@ -36,6 +36,9 @@ if TYPE_CHECKING:
 QUESTION = 3.0  # seconds for a question that is answered from memory
 FIRST_PAUSE = 0.02  # seconds between two looks at what offers no event, doubled from one to the other
 LONGEST_PAUSE = 0.5
+WINDING_UP = 0.2  # seconds for which a server may count a request whose answer has ended
+FIRST_EVENTS = 1.0  # seconds for what llama-swap sends at once; an older one keeps us waiting in vain
+STOPPING = 30.0  # seconds llama-swap may take to stop a server; it kills it after 10, if not told otherwise
 MAX_LIST = 16 * MAX_ERROR  # bytes of a list of models
 # Ollama's options that a runner is started with; another value loads the model anew
 RUNNER_OPTIONS = ("num_gpu", "num_batch", "main_gpu", "use_mmap", "num_thread")
@@ -44,7 +47,8 @@ RUNNER_OPTIONS = ("num_gpu", "num_batch", "main_gpu", "use_mmap", "num_thread")
 @dataclass(frozen=True, slots=True)
 class Known:
     """What a backend says of a model that need not be loaded. runner: what it tells loaded ones apart by.
-    weights: bytes. per_token: bytes of each token of the window. trained: tokens it can have at most."""
+    weights: bytes. per_token: bytes of each token of the window. trained: tokens it can have at most. elsewhere:
+    nothing is ever loaded under this name here."""
 
     runner: str
     present: bool | None = None
@@ -53,6 +57,7 @@ class Known:
     trained: int | None = None
     window: int | None = None  # tokens, of a server that decides it itself
     capabilities: frozenset[str] | None = None
+    elsewhere: bool = False
 
 
 class Engine(Protocol):
@@ -129,13 +134,31 @@ class Server:
         limits = Limits(min(QUESTION, span), span, span, span, end, end)
         content = b"" if body is None else dumps(body)
         request = b"%s%d\r\n\r\n%s" % (request_head(self.backend, path, method), len(content), content)
-        reply = self._pool.exchange(request, limits, watch, Patience(limits, plain=True))
+        reply = finish(self._pool.exchange(request, limits, watch, Patience(limits, plain=True)))
         if reply.head.status != 200:
-            raise error_of(reply, str((body or {}).get("model", "")), self.backend)
+            raise finish(error_of(reply, str((body or {}).get("model", "")), self.backend))
         try:
-            return loads(reply.read_all(MAX_LIST))
+            return loads(finish(reply.read_all(MAX_LIST)))
         except WireError:
             return None
+        finally:
+            reply.close()
+
+    def events(self, path: str, watch: Watch, until: float) -> Iterator[bytes]:
+        """The data of the server-sent events at `path`, as long as whoever reads them wants more and the time lasts.
+        Raises BackendError."""
+        span = max(0.0, until - time.monotonic())
+        limits = Limits(min(QUESTION, span), span, span, span, until, until)
+        request = b"%s0\r\n\r\n" % request_head(self.backend, path, "GET")
+        reply = finish(self._pool.exchange(request, limits, watch, Patience(limits, plain=True)))
+        if reply.head.status != 200:
+            raise finish(error_of(reply, "", self.backend))
+        reader, size = SSEReader(MAX_LIST), 0
+        try:
+            while (data := finish(reply.read())) and (size := size + len(data)) <= MAX_LIST:
+                yield from reader.feed(data)
+        except WireError as exc:
+            raise BackendError("bad_answer", f"it answered {path} with {exc}") from None
         finally:
             reply.close()
 
@@ -173,7 +196,7 @@ class Pauses:
         now = time.monotonic()
         if now >= self._until:
             return False
-        self._watch.pause(min(now + self._pause, self._until))
+        finish(self._watch.pause(min(now + self._pause, self._until)))
         self._pause = min(2 * self._pause, LONGEST_PAUSE)
         return True
 
@@ -333,6 +356,7 @@ class OpenAIEngine:
         self.kind = "unknown"
         self._server = Server(backend)
         self._known: dict[str, Known] = {}
+        self._started: dict[str, llama_swap.Command] = {}  # llama-swap: model -> how it was started the last time
 
     def look(
         self,
@@ -343,21 +367,15 @@ class OpenAIEngine:
         """See Engine.look."""
         ask = self._server.asking(watch, until)
         listed = _entries(ask("GET", "/v1/models"), "data")
+        if llama_swap.is_swap(listed):
+            self.kind = "llama-swap"
+            return self._swapped(listed, _entries(ask("GET", "/running"), "running"))
         if any(isinstance(entry.get("status"), dict) for entry in listed):
             self.kind = "llama-server router"
             return self._routed(listed)
         if len(listed) == 1 and listed[0].get("owned_by") == "llamacpp":
             self.kind = "llama-server"
             return self._single(listed[0])
-        try:
-            running = ask("GET", "/running")
-        except BackendError as exc:
-            if exc.reason in ("connect_failed", "connect_timeout", "connection_lost", "answer_timeout"):
-                raise
-            running = None
-        if isinstance(running, dict) and isinstance(running.get("running"), list):
-            self.kind = "llama-swap"
-            return self._swapped(listed, _entries(running, "running"))
         self.kind = "unknown"
         return None
 
@@ -369,18 +387,33 @@ class OpenAIEngine:
 
     def is_busy(self, name: str, watch: Watch) -> bool:
         """See Engine.is_busy. Unloading would break off whatever another client has it do."""
-        if self.kind != "llama-server router":
-            return False
+        busy = {"llama-server router": self._has_busy_slot, "llama-swap": self._has_request}.get(self.kind)
+        pauses = Pauses(watch, time.monotonic() + WINDING_UP)
+        while busy is not None and busy(name, watch):
+            if not pauses.wait():
+                return True
+        return False
+
+    def _has_busy_slot(self, name: str, watch: Watch) -> bool:
         try:
             slots = self._server.ask("GET", f"/slots?model={quote(name, safe='')}&autoload=false", watch)
         except BackendError:
             return False  # it was started without /slots, or the model has gone meanwhile
         return isinstance(slots, list) and any(isinstance(slot, dict) and slot.get("is_processing") for slot in slots)
 
+    def _has_request(self, name: str, watch: Watch) -> bool:
+        try:
+            for data in self._server.events("/api/events", watch, time.monotonic() + FIRST_EVENTS):
+                if (used := llama_swap.requests_for(name, data)) is not None:
+                    return used
+        except BackendError:
+            pass  # an older one, which does not tell
+        return False
+
     def unload(self, name: str, watch: Watch) -> None:
         """See Engine.unload."""
         if self.kind == "llama-swap":
-            self._server.ask("POST", f"/api/models/unload/{quote(name)}", watch, until=time.monotonic() + 10 * QUESTION)
+            self._server.ask("POST", f"/api/models/unload/{quote(name)}", watch, until=time.monotonic() + STOPPING)
         elif self.kind == "llama-server router":
             try:
                 self._server.ask("POST", "/models/unload", watch, body={"model": name})
@@ -393,7 +426,7 @@ class OpenAIEngine:
     def load(self, model: Model, watch: Watch, until: float) -> None:
         """See Engine.load."""
         if self.kind == "llama-swap":
-            self._server.ask("GET", f"/upstream/{quote(model.model)}/health", watch, until=until)
+            self._load_swapped(model, watch, until)
         elif self.kind == "llama-server router":
             self._load_routed(model, watch, until)
         elif self.kind != "llama-server":
@@ -405,6 +438,16 @@ class OpenAIEngine:
     def close(self) -> None:
         """See Engine.close."""
         self._server.close()
+
+    def _load_swapped(self, model: Model, watch: Watch, until: float) -> None:
+        """Whatever its server answers, it is up then; what llama-swap itself says may be that it is not."""
+        try:
+            self._server.ask("GET", f"/upstream/{quote(model.model)}/health", watch, until=until)
+        except BackendError as exc:
+            running = _entries(self._server.ask("GET", "/running", watch), "running")
+            name = self.known(model).runner
+            if all((one.get("model"), one.get("state")) != (name, "ready") for one in running):
+                raise exc from None
 
     def _load_routed(self, model: Model, watch: Watch, until: float) -> None:
         try:
@@ -433,7 +476,7 @@ class OpenAIEngine:
         seen: list[Seen] = []
         for entry in listed:
             name, state = str(entry.get("id")), _status(entry).get("value")
-            weights = _meta(entry, "size") or _file_size(_status(entry).get("args"))
+            weights = _meta(entry, "size") or llama_swap.read_command(_status(entry).get("args")).weights
             one = Known(name, True, weights, None, _meta(entry, "n_ctx_train"), _meta(entry, "n_ctx"))
             known |= {str(other): one for other in (name, *_aliases(entry))}
             if state in ("loading", "loaded"):
@@ -448,14 +491,22 @@ class OpenAIEngine:
         return [Seen(name, _whole_size(known), fixed=True, told=name)]
 
     def _swapped(self, listed: list[Mapping[str, Any]], running: list[Mapping[str, Any]]) -> list[Seen]:
-        known: dict[str, Known] = {}
-        for entry in listed:
-            one = Known(str(entry.get("id")), True)
-            known |= {str(name): one for name in (entry.get("id"), *_aliases(entry))}
-        self._known = known
-        there = [one for one in running if one.get("state") in ("ready", "starting", "stopping")]
-        names = [(str(one.get("model")), one.get("state") == "starting") for one in there]
-        return [Seen(name, _whole_size(Known(name)), loading=loading, told=name) for name, loading in names]
+        there = [one for one in running if one.get("state") in llama_swap.THERE]
+        self._started |= {str(one.get("model")): llama_swap.read_command(one.get("cmd")) for one in there}
+        listing = [*llama_swap.names(listed), *(llama_swap.Entry(name, name) for name in self._started)]
+        self._known = {
+            entry.name: Known(entry.real, True, *self._command(entry.real), elsewhere=entry.elsewhere)
+            for entry in reversed(listing)
+        }
+        return [
+            Seen(name, _whole_size(Known(name, True, *self._command(name))), loading=state == "starting", told=name)
+            for name, state in ((str(one.get("model")), one.get("state")) for one in there)
+        ]
+
+    def _command(self, name: str) -> tuple[int | None, None, None, int | None]:
+        """The weights and the window of Known, by how the model was started."""
+        weights, window = self._started.get(name, llama_swap.Command())
+        return weights, None, None, window
 
 
 def _whole_size(known: Known) -> int | None:
@@ -463,16 +514,6 @@ def _whole_size(known: Known) -> int | None:
         weights=known.weights, said=None, name=known.runner, window=known.window or 0, per_token=known.per_token
     )
     return need.size if need else None
-
-
-def _file_size(args: Any) -> int | None:
-    """Of the file that a router starts a model from, which is on this machine if the router is."""
-    if not isinstance(args, list) or "--model" not in args[:-1]:
-        return None
-    try:
-        return os.path.getsize(str(args[args.index("--model") + 1])) or None
-    except (OSError, ValueError):
-        return None
 
 
 def _status(entry: Mapping[str, Any]) -> Mapping[str, Any]:

@@ -121,7 +121,14 @@ def read_json(raw: bytes, request: str) -> dict[str, Any]:
         raise Refused(400, f"invalid character '{exc.doc[exc.pos]}' looking for beginning of {wanted}") from None
     if not isinstance(body, dict):
         raise Refused(400, f"json: cannot unmarshal {_go_name(body)} into Go value of type api.{request}")
-    return body
+    return _whole_characters(body) if b"\\ud" in raw.lower() else body
+
+
+def _whole_characters(body: dict[str, Any]) -> dict[str, Any]:
+    """Go reads half of a surrogate pair, which JSON can hold and UTF-8 can't, as U+FFFD."""
+    text = json.dumps(body, ensure_ascii=False)
+    whole: dict[str, Any] = json.loads(text.encode("utf-16", "surrogatepass").decode("utf-16", "replace"))
+    return whole
 
 
 def read_chat(raw: bytes, find: Find) -> Order:

@@ -1,0 +1,416 @@
+"""One thread that runs many coroutines, each until it has to wait for a socket or for the time.
+
+    start ──> runs on the loop's thread ──wait──> the loop polls ──> runs on ..
+                      └──move──> runs on a worker thread, where every wait blocks ──come_back──> runs on ..
+
+A request needs no thread while it waits, and none while it works, unless it comes to something that can
+only block: then its coroutine moves. What a coroutine waits for it says through its Task; who holds one
+waits through a Watch (watch.py), which knows both ways. Knows no HTTP.
+
+Only `post` and `stop` may be called from other threads.
+"""
+
+from __future__ import annotations
+
+import select
+import selectors
+import socket
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Coroutine, Generator
+from types import coroutine
+from typing import TYPE_CHECKING, Any, Final, Protocol
+
+if TYPE_CHECKING:
+    from portway.workers import Workers
+
+POLLIN: Final = 1  # as select.POLLIN and select.EPOLLIN on every system
+POLLOUT: Final = 4
+HANGUP: Final = getattr(select, "POLLRDHUP", 0)  # an end that is seen without reading; Linux alone has it
+_NEVER = float("inf")
+_MOVE = object()  # what a coroutine yields to be moved to a thread, or back; else it yields None
+
+
+@coroutine
+def _suspended() -> Generator[object, bool, bool]:
+    return (yield None)
+
+
+@coroutine
+def _moving() -> Generator[object, bool, bool]:
+    return (yield _MOVE)
+
+
+class Task:
+    """Runs one coroutine after the other. busy: it has one. on_loop: the loop runs it, else a worker does.
+
+    moving, returning: called on the loop just before the coroutine goes to a worker, or goes on on the loop.
+    ended: called on the loop when a coroutine has ended, but for one that ends within `start`.
+    """
+
+    __slots__ = (
+        "_coroutine",
+        "_entry",
+        "_loop",
+        "_starting",
+        "busy",
+        "ended",
+        "moving",
+        "on_loop",
+        "returning",
+        "until",
+    )
+
+    def __init__(
+        self,
+        loop: Loop,
+        *,
+        moving: Callable[[], None],
+        ended: Callable[[], None],
+        returning: Callable[[], None] = lambda: None,
+    ) -> None:
+        self.busy = False
+        self.on_loop = True
+        self.until = _NEVER
+        self.moving = moving
+        self.returning = returning
+        self.ended = ended
+        self._loop = loop
+        self._coroutine: Coroutine[Any, Any, None] | None = None
+        self._entry: _Entry | None = None
+        self._starting = False
+
+    def start(self, work: Coroutine[Any, Any, None]) -> None:
+        """Run it, at once and until it waits; afterwards `busy` says whether it does."""
+        self._coroutine, self.busy, self.on_loop = work, True, True
+        self._loop.tasks.add(self)
+        self._starting = True
+        self._step(None)
+        self._starting = False
+
+    async def wait(self, sock: socket.socket | None, events: int, until: float) -> bool:
+        """Until `sock` is ready: True; False once time.monotonic() passes `until`. sock: None = for the time alone."""
+        self._loop.expect(self, sock, events, until)
+        return await _suspended()
+
+    async def move(self) -> None:
+        """Go on, on a worker. Only on the loop."""
+        await _moving()
+
+    async def come_back(self) -> None:
+        """Go on, on the loop. Only on a worker."""
+        await _moving()
+
+    def let_go(self, sock: socket.socket) -> None:
+        """Before a socket is closed that was waited for on the loop and will not be again."""
+        self._loop.detach(sock)
+
+    def throw(self, error: BaseException) -> None:
+        """End its wait with `error`. Only while it waits on the loop."""
+        self._step(None, error)
+
+    # of the loop
+
+    def wake(self, ready: bool) -> None:
+        """End its wait."""
+        self._step(ready)
+
+    def expects(self, entry: _Entry | None, until: float) -> None:
+        """What it waits for from now on."""
+        self._entry, self.until = entry, until
+
+    def _step(self, value: bool | None, error: BaseException | None = None) -> None:
+        entry, self._entry = self._entry, None
+        if entry is not None:
+            if entry.others:
+                entry.drop(self)
+            else:
+                entry.task = None
+        self.until = _NEVER
+        work = self._coroutine
+        assert work is not None  # noqa: S101 - for the type checker
+        try:
+            wanted = work.send(value) if error is None else work.throw(error)
+        except StopIteration:
+            self._end(tell=not self._starting)
+            return
+        if wanted is _MOVE:
+            self._loop.tasks.discard(self)
+            self.on_loop = False
+            self.moving()
+            self._loop.workers.submit(self._run_on_a_worker)
+
+    def _run_on_a_worker(self) -> None:
+        work = self._coroutine
+        assert work is not None  # noqa: S101 - for the type checker
+        after: Callable[[], None] = self._end_told
+        try:
+            work.send(True)  # its waits block from now on: it yields only to come back
+            after = self._go_on
+        except StopIteration:
+            pass
+        finally:
+            self._loop.post(after)
+
+    def _go_on(self) -> None:
+        """On the loop again."""
+        self.on_loop = True
+        self._loop.tasks.add(self)
+        self.returning()
+        self._step(True)
+
+    def _end_told(self) -> None:
+        self._end(tell=True)
+
+    def _end(self, *, tell: bool) -> None:
+        self._loop.tasks.discard(self)
+        self._coroutine, self.busy = None, False
+        if tell:
+            self.ended()
+
+
+class _Entry:
+    """A registered descriptor: who is told of it. stirred: a client's, always; task: who waits for it now.
+    others: further ones who do, for the same; each has its turn as long as there is something to be read:
+    identical requests share one line (cache/flights.py)."""
+
+    __slots__ = ("mask", "others", "sock", "stirred", "task")
+
+    def __init__(self, sock: socket.socket, mask: int, stirred: Callable[[int], None] | None = None) -> None:
+        self.sock = sock
+        self.mask = mask
+        self.stirred = stirred
+        self.task: Task | None = None
+        self.others: tuple[Task, ...] = ()
+
+    def drop(self, task: Task) -> None:
+        """It waits no longer."""
+        if self.task is not task:
+            self.others = tuple(other for other in self.others if other is not task)
+        elif self.others:
+            self.task, *others = self.others
+            self.others = tuple(others)
+        else:
+            self.task = None
+
+
+class Loop:
+    """See above. workers: where coroutines go that move.
+
+    A descriptor stays registered between two waits for it, since a pooled connection is waited for again
+    and again; one that stirs while nobody waits is let go then. `tasks` are those that run here.
+    """
+
+    def __init__(self, workers: Workers, poller: Poller | None = None) -> None:
+        self.workers = workers
+        self.tasks: set[Task] = set()
+        self._poller = poller or _best_poller()
+        self._entries: dict[int, _Entry] = {}
+        self._posted: deque[Callable[[], None]] = deque()
+        self._mouth, self._ear = socket.socketpair()
+        self._mouth.setblocking(False)
+        self._ear.setblocking(False)
+        self._next = _NEVER  # no task's `until` is earlier
+        self._stopping = False
+        self._stopped = threading.Event()
+        self.attach(self._ear, self._hear)
+
+    # any thread
+
+    def post(self, what: Callable[[], None]) -> None:
+        """Have it called on the loop's thread, soon."""
+        self._posted.append(what)
+        try:
+            self._mouth.send(b"\0")
+        except OSError:
+            return  # woken often enough already; or closed: the daemon has ended
+
+    def stop(self, timeout: float) -> None:
+        """End `run`, and wait for that."""
+        self._stopping = True
+        self.post(lambda: None)
+        self._stopped.wait(timeout)
+
+    # the loop's thread
+
+    def run(self, sweep: Callable[[], None], every: float, report: Callable[[Exception], object]) -> None:
+        """Until `stop`; `sweep` is called `every` so many seconds. What is called may raise nothing: if it does all
+        the same, `report` is told, and the loop goes on, since all that is served hangs on it."""
+        swept = time.monotonic()
+        try:
+            while not self._stopping:
+                try:
+                    self._round(swept + every)
+                    if time.monotonic() - swept >= every:
+                        swept = time.monotonic()
+                        sweep()
+                except Exception as exc:  # noqa: BLE001 - reported
+                    report(exc)
+        finally:
+            self._stopped.set()
+
+    def _round(self, until: float) -> None:
+        """Wait, until then at most, and deal with what has happened."""
+        entries = self._entries
+        for fd, events in self._poller.poll(max(0.0, min(self._next, until) - time.monotonic())):
+            entry = entries.get(fd)
+            if entry is None:
+                continue  # closed by what came before it in this very round
+            if entry.task is not None:
+                entry.task.wake(ready=True)
+            elif entry.stirred is not None:
+                entry.stirred(events)
+            else:
+                self._forget(fd)
+        now = time.monotonic()
+        if now >= self._next:
+            self._expire(now)
+
+    def attach(self, sock: socket.socket, stirred: Callable[[int], None], mask: int = POLLIN) -> None:
+        """Call `stirred` with the events whenever something comes in, until `detach`."""
+        fd = sock.fileno()
+        self._register(fd, mask)
+        self._entries[fd] = _Entry(sock, mask, stirred)
+
+    def watch_for(self, sock: socket.socket, mask: int) -> None:
+        """Look for other events on an attached socket."""
+        entry = self._entries[sock.fileno()]
+        if entry.mask != mask:
+            self._poller.modify(sock.fileno(), mask)
+            entry.mask = mask
+
+    def detach(self, sock: socket.socket) -> None:
+        """No more of it. To be called before it is closed; a socket that never was attached may be."""
+        fd = sock.fileno()
+        entry = self._entries.get(fd)
+        if entry is not None and entry.sock is sock:
+            self._forget(fd)
+
+    def expect(self, task: Task, sock: socket.socket | None, events: int, until: float) -> None:
+        """What `task` waits for; it has to suspend next."""
+        entry = None
+        if sock is not None:
+            fd = sock.fileno()
+            entry = self._entries.get(fd)
+            if entry is None or entry.sock is not sock:  # new, or its number was another's, which is closed
+                self._register(fd, events)
+                entry = self._entries[fd] = _Entry(sock, events)
+            elif entry.mask != events:
+                self._poller.modify(fd, events)
+                entry.mask = events
+            if entry.task is None:
+                entry.task = task
+            else:
+                entry.others += (task,)
+        task.expects(entry, until)
+        self._next = min(self._next, until)
+
+    def close(self) -> None:
+        """After the end of `run`."""
+        self._poller.close()
+        self._mouth.close()
+        self._ear.close()
+
+    def _forget(self, fd: int) -> None:
+        del self._entries[fd]
+        try:
+            self._poller.unregister(fd)
+        except OSError:
+            return  # another thread, whose connection it was last, has just closed it
+
+    def _register(self, fd: int, mask: int) -> None:
+        try:
+            self._poller.register(fd, mask)
+        except FileExistsError:
+            self._poller.modify(fd, mask)
+
+    def _expire(self, now: float) -> None:
+        """Wake those whose time is over."""
+        for task in [task for task in self.tasks if task.until <= now]:
+            if task.until <= now:  # else one before it has woken or ended it
+                task.wake(ready=False)
+        self._next = min((task.until for task in self.tasks), default=_NEVER)
+
+    def _hear(self, _events: int) -> None:
+        try:
+            self._ear.recv(4096)
+        except OSError:
+            return
+        while self._posted:
+            self._posted.popleft()()
+
+
+# --- what the system offers -----------------------------------------------------------------------
+
+
+class Poller(Protocol):
+    """What the loop needs of epoll or its like."""
+
+    def register(self, fd: int, eventmask: int, /) -> None:
+        """Look for these events. May raise FileExistsError if it does already."""
+        ...
+
+    def modify(self, fd: int, eventmask: int, /) -> None:
+        """Look for others."""
+        ...
+
+    def unregister(self, fd: int, /) -> None:
+        """Look no more."""
+        ...
+
+    def poll(self, timeout: float, /) -> list[tuple[int, int]]:
+        """(descriptor, events) of those that are ready, for `timeout` seconds at most."""
+        ...
+
+    def close(self) -> None:
+        """Let go of all."""
+        ...
+
+
+class SelectorPoller:
+    """The standard library's selector, for systems without epoll. A mask of nothing is not looked at."""
+
+    def __init__(self) -> None:
+        self._selector = selectors.DefaultSelector()
+
+    def register(self, fd: int, eventmask: int, /) -> None:
+        """See Poller.register."""
+        if not eventmask & (POLLIN | POLLOUT):
+            return
+        try:
+            self._selector.register(fd, _selected(eventmask))
+        except KeyError as exc:
+            raise FileExistsError from exc
+
+    def modify(self, fd: int, eventmask: int, /) -> None:
+        """See Poller.modify."""
+        self.unregister(fd)
+        self.register(fd, eventmask)
+
+    def unregister(self, fd: int, /) -> None:
+        """See Poller.unregister."""
+        try:
+            self._selector.unregister(fd)
+        except KeyError:
+            return
+
+    def poll(self, timeout: float, /) -> list[tuple[int, int]]:
+        """See Poller.poll."""
+        return [(key.fd, _polled(events)) for key, events in self._selector.select(timeout)]
+
+    def close(self) -> None:
+        """See Poller.close."""
+        self._selector.close()
+
+
+def _best_poller() -> Poller:
+    return select.epoll() if hasattr(select, "epoll") else SelectorPoller()
+
+
+def _selected(mask: int) -> int:
+    return (selectors.EVENT_READ if mask & POLLIN else 0) | (selectors.EVENT_WRITE if mask & POLLOUT else 0)
+
+
+def _polled(events: int) -> int:
+    return (POLLIN if events & selectors.EVENT_READ else 0) | (POLLOUT if events & selectors.EVENT_WRITE else 0)

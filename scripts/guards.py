@@ -1,0 +1,122 @@
+#!/usr/bin/env python3
+"""Take each guard away, one at a time and in a copy, and see which test notices.
+
+    guards.py                 all of them; some minutes
+    guards.py SSRF keys       those whose line has one of these words
+    guards.py --table         the table that SECURITY.md quotes; nothing is run
+
+A guard is a few words of the source that are replaced by others that let the attack through. It holds if the tests that
+stand beside it pass as the source is, and fail without it. Exit code: 0 each was noticed; 1 one was not, or its words
+are no longer in the source.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))  # from wherever one stands
+
+from scripts.guard_list import GUARDS, Guard  # noqa: E402 - the clone's own
+
+COPIED = ("portway", "tests", "scripts", "config", "docs", "launchd", "examples", "pyproject.toml", "README.md")
+PATIENCE = 180.0  # seconds for one guard's tests
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Returns the exit code."""
+    parser = argparse.ArgumentParser(description="Take each guard away and see which test notices.")
+    parser.add_argument("words", nargs="*", help="only guards whose line has one of these")
+    parser.add_argument("--table", action="store_true", help="print the table of SECURITY.md and do nothing else")
+    options = parser.parse_args(argv)
+    if options.table:
+        print("\n".join(table()))
+        return 0
+    chosen = [guard for guard in GUARDS if not options.words or any(word in _line(guard) for word in options.words)]
+    with tempfile.TemporaryDirectory(prefix="portway-guards-") as folder:
+        copy = Path(folder) / "portway"
+        _copy(copy)
+        held = [_judge(guard, copy) for guard in chosen]
+    print(f"{sum(held)} of {len(chosen)} guards: a test fails without them")
+    return 0 if all(held) else 1
+
+
+def table() -> Iterator[str]:
+    """The guards as Markdown: what is promised, and the test that fails without it."""
+    yield "| guard | in | fails without it |"
+    yield "|---|---|---|"
+    for guard in GUARDS:
+        files = ", ".join(dict.fromkeys(f"`{file.removeprefix('portway/')}`" for file, _, _ in guard.edits))
+        tests = ", ".join(f"`{test.removeprefix('tests.')}`" for test in guard.tests)
+        yield f"| {guard.promise} | {files} | {tests} |"
+
+
+def _line(guard: Guard) -> str:
+    return " ".join((guard.promise, *(file for file, _, _ in guard.edits), *guard.tests))
+
+
+def _copy(to: Path) -> None:
+    to.mkdir()
+    for name in COPIED:
+        source = ROOT / name
+        if source.is_dir():
+            shutil.copytree(source, to / name, ignore=shutil.ignore_patterns("__pycache__", "node_modules"))
+        elif source.exists():
+            shutil.copy(source, to / name)
+
+
+def _judge(guard: Guard, copy: Path) -> bool:
+    """Whether its tests pass with it and one fails without it; says so."""
+    started = time.monotonic()
+    missing = [file for file, words, _ in guard.edits if (ROOT / file).read_text("utf-8").count(words) != 1]
+    if missing:
+        print(f"STALE     {guard.promise}: its words are not once in {', '.join(missing)}", flush=True)
+        return False
+    before = _failures(guard.tests, copy)
+    _forget_compiled(copy)
+    try:
+        for file, words, others in guard.edits:
+            _replace(copy / file, words, others)
+        without = _failures(guard.tests, copy)
+    finally:
+        for file, _, _ in guard.edits:
+            shutil.copy(ROOT / file, copy / file)
+        _forget_compiled(copy)
+    held = not before and bool(without)
+    verdict = "noticed" if held else "BROKEN" if before else "UNNOTICED"
+    told = ", ".join(before or without)
+    print(f"{verdict:9} {guard.promise} -> {told or 'nothing failed'} ({time.monotonic() - started:.0f} s)", flush=True)
+    return held
+
+
+def _forget_compiled(copy: Path) -> None:
+    """Python believes a compiled file whose source has the same size and the same second."""
+    for folder in list(copy.rglob("__pycache__")):
+        shutil.rmtree(folder)
+
+
+def _replace(path: Path, words: str, others: str) -> None:
+    path.write_text(path.read_text("utf-8").replace(words, others), "utf-8")
+
+
+def _failures(tests: Iterable[str], copy: Path) -> list[str]:
+    """The tests that fail in the copy; one that does not even end counts."""
+    command = [sys.executable, "-B", "-m", "unittest", *tests]
+    try:
+        done = subprocess.run(command, cwd=copy, capture_output=True, text=True, timeout=PATIENCE, check=False)
+    except subprocess.TimeoutExpired:
+        return ["no end"]
+    failed = re.findall(r"^(?:FAIL|ERROR): (\w+)", done.stderr, re.MULTILINE)
+    return list(dict.fromkeys(failed)) or ([] if done.returncode == 0 else [done.stderr[-300:]])
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,840 @@
+"""loop.py: tasks that wait for sockets and time, on every kind of poller; and the daemon on the portable one."""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+import select
+import selectors
+import socket
+import threading
+import time
+import unittest
+from collections.abc import Callable, Coroutine
+from typing import Any, TypeVar
+from unittest import mock
+
+from portway import loop as loops
+from portway.errors import ClientGone
+from portway.loop import POLLIN, POLLOUT, Loop, Poller, SelectorPoller, Task
+from portway.workers import Workers
+from tests.daemon import Daemon
+from tests.doubles import HANG, Action, RawClient
+from tests.llama_server import wait_for
+from tests.targets import CHAT, MESSAGES, Target, answer, ask, begun, chain, ended, frames, next_json, part, text_of
+
+T = TypeVar("T")
+LONG = 10.0  # seconds; nothing here takes so long
+SHORT = 0.03  # seconds; a wait that passes
+NEVER = float("inf")
+
+
+def later(seconds: float = LONG) -> float:
+    return time.monotonic() + seconds
+
+
+def poller_of(kind: type[selectors.BaseSelector]) -> SelectorPoller:
+    """A SelectorPoller over another selector than this system's best one."""
+    with mock.patch.object(selectors, "DefaultSelector", kind):
+        return SelectorPoller()
+
+
+POLLERS: dict[str, Callable[[], Poller]] = {
+    "the system's": loops._best_poller,
+    "default selector": SelectorPoller,
+    "poll": lambda: poller_of(selectors.PollSelector),
+}
+
+
+class Counted:
+    """A Poller that counts its polls."""
+
+    def __init__(self, of: Poller) -> None:
+        self.polls = 0
+        self.register, self.modify, self.unregister, self.close = of.register, of.modify, of.unregister, of.close
+        self._poll = of.poll
+
+    def poll(self, timeout: float) -> list[tuple[int, int]]:
+        self.polls += 1
+        return self._poll(timeout)
+
+
+class Running:
+    """A loop on a thread of its own."""
+
+    def __init__(self, test: unittest.TestCase, poller: Poller) -> None:
+        self.poller = Counted(poller)
+        self.workers = Workers(4, "test")
+        self.loop = Loop(self.workers, self.poller)
+        self.sweeps = 0
+        self.reported: list[Exception] = []
+        self.events: list[tuple[str, bool]] = []  # what befell the tasks, and whether on the loop's thread
+        self.thread = threading.Thread(target=self._run, daemon=True)
+        self.thread.start()
+        test.addCleanup(self.stop)
+
+    def _run(self) -> None:
+        self.loop.run(self._sweep, 60.0, self.reported.append)
+
+    def _sweep(self) -> None:
+        self.sweeps += 1
+
+    def stop(self) -> None:
+        self.loop.stop(LONG)
+        self.thread.join(LONG)
+        self.loop.close()
+
+    def call(self, what: Callable[[], T]) -> T:
+        """What it returns when it is called on the loop's thread."""
+        done = threading.Event()
+        found: list[T] = []
+
+        def act() -> None:
+            try:
+                found.append(what())
+            finally:
+                done.set()
+
+        self.loop.post(act)
+        if not done.wait(LONG):
+            raise AssertionError("the loop does not call what is posted")
+        return found[0]
+
+    def note(self, what: str) -> None:
+        self.events.append((what, threading.current_thread() is self.thread))
+
+    def start(self, work: Callable[[Task], Coroutine[Any, Any, object]]) -> Job:
+        """Run `work(task)` as a task; returns once it waits or has ended."""
+        return self.call(lambda: Job(self, work))
+
+
+class Job:
+    """A task, and what became of it."""
+
+    def __init__(self, running: Running, work: Callable[[Task], Coroutine[Any, Any, object]]) -> None:
+        self.task = Task(
+            running.loop,
+            moving=lambda: running.note("moving"),
+            returning=lambda: running.note("returning"),
+            ended=self._ended,
+        )
+        self.results: list[object] = []
+        self.is_over = threading.Event()
+        self._running = running
+        self.task.start(self._work(work))
+        if not self.task.busy:
+            self.is_over.set()
+
+    async def _work(self, work: Callable[[Task], Coroutine[Any, Any, object]]) -> None:
+        try:
+            self.results.append(await work(self.task))
+        except ClientGone as exc:
+            self.results.append(exc)
+
+    def _ended(self) -> None:
+        self._running.note("ended")
+        self.is_over.set()
+
+    def result(self) -> object:
+        """What it came to; waits for that."""
+        if not self.is_over.wait(LONG):
+            raise AssertionError("the task has not ended")
+        (result,) = self.results
+        return result
+
+
+def each_poller(test: Callable[[Any, Running], None]) -> Callable[[Any], None]:
+    """Run a test once with a loop on each kind of poller."""
+
+    @functools.wraps(test)
+    def run(self: LoopCase) -> None:
+        for name, make in POLLERS.items():
+            with self.subTest(name):
+                running = Running(self, make())
+                test(self, running)
+
+    del run.__dict__["__wrapped__"]  # else unittest takes the second parameter for one that is missing
+    return run
+
+
+class LoopCase(unittest.TestCase):
+    def pair(self) -> tuple[socket.socket, socket.socket]:
+        """What the loop waits for, and the other end."""
+        ours, theirs = socket.socketpair()
+        for sock in (ours, theirs):
+            sock.setblocking(False)
+            self.addCleanup(sock.close)
+        return ours, theirs
+
+    def fill(self, sock: socket.socket) -> None:
+        """Send until there is no room."""
+        with self.assertRaises(BlockingIOError):
+            while True:
+                sock.send(bytes(65_536))
+
+    def empty(self, sock: socket.socket) -> None:
+        with self.assertRaises(BlockingIOError):
+            while True:
+                sock.recv(1_048_576)
+
+
+class Waiting(LoopCase):
+    @each_poller
+    def test_for_bytes(self, running: Running) -> None:
+        """A task ends its wait when something comes in, and not before; again and again on one socket."""
+        ours, theirs = self.pair()
+
+        async def read(task: Task) -> bytes:
+            data = b""
+            while len(data) < 3:
+                self.assertTrue(await task.wait(ours, POLLIN, later()))
+                data += ours.recv(1)
+            return data
+
+        job = running.start(read)
+        self.assertTrue(job.task.busy)
+        self.assertFalse(job.is_over.is_set())
+        for byte in (b"a", b"b", b"c"):
+            theirs.send(byte)
+        self.assertEqual(b"abc", job.result())
+        self.assertFalse(job.task.busy)
+        self.assertEqual([("ended", True)], running.events)
+        self.assertEqual(0, running.workers.count)
+
+    @each_poller
+    def test_for_room(self, running: Running) -> None:
+        """The other direction, then the first one again: what is looked for changes with the wait."""
+        ours, theirs = self.pair()
+        self.fill(ours)
+
+        async def write_and_read(task: Task) -> list[bool]:
+            return [await task.wait(ours, events, later()) for events in (POLLOUT, POLLIN, POLLOUT)]
+
+        job = running.start(write_and_read)
+        self.assertFalse(job.is_over.wait(SHORT))
+        self.empty(theirs)
+        self.assertFalse(job.is_over.wait(SHORT))
+        theirs.send(b"x")
+        self.assertEqual([True] * 3, job.result())
+
+    @each_poller
+    def test_for_an_end(self, running: Running) -> None:
+        """A peer that leaves ends the wait for bytes."""
+        ours, theirs = self.pair()
+        job = running.start(lambda task: task.wait(ours, POLLIN, later()))
+        theirs.close()
+        self.assertIs(True, job.result())
+
+    @each_poller
+    def test_for_the_time(self, running: Running) -> None:
+        """With a socket or without one: False, and not too early."""
+        ours, _theirs = self.pair()
+        for sock in (ours, None):
+            until = later(SHORT)
+
+            async def wait(task: Task, sock: socket.socket | None = sock, until: float = until) -> tuple[bool, bool]:
+                return await task.wait(sock, POLLIN, until), time.monotonic() >= until
+
+            self.assertEqual((False, True), running.start(wait).result())
+
+    @each_poller
+    def test_for_a_time_that_is_past(self, running: Running) -> None:
+        """Ends at once; for one that never comes it does not end."""
+        self.assertIs(False, running.start(lambda task: task.wait(None, 0, time.monotonic() - 5)).result())
+        ours, theirs = self.pair()
+        job = running.start(lambda task: task.wait(ours, POLLIN, NEVER))
+        theirs.send(b"x")
+        self.assertIs(True, job.result())
+
+    @each_poller
+    def test_many_times(self, running: Running) -> None:
+        """Of 300 tasks with their own ends in any order none ends too early, and none is lost."""
+        started = time.monotonic()
+        ends = [started + SHORT + (number * 37 % 300) * 0.001 for number in range(300)]
+
+        async def sleep(task: Task, until: float) -> tuple[bool, bool]:
+            return await task.wait(None, 0, until), time.monotonic() >= until
+
+        jobs = [running.start(lambda task, until=until: sleep(task, until)) for until in ends]  # type: ignore[misc]
+        for job in jobs:
+            self.assertEqual((False, True), job.result())
+        self.assertEqual(set(), running.loop.tasks)
+        self.assertLess(running.poller.polls, 1200)  # each post is one, each end one or two
+
+    @each_poller
+    def test_an_earlier_end_than_the_others(self, running: Running) -> None:
+        """It counts although the loop already sleeps until a later one."""
+        slow = running.start(lambda task: task.wait(None, 0, later()))
+        self.assertIs(False, running.start(lambda task: task.wait(None, 0, later(SHORT))).result())
+        self.assertFalse(slow.is_over.is_set())
+
+    @each_poller
+    def test_many_for_one_socket(self, running: Running) -> None:
+        """Identical requests wait for one line: its end wakes each of them, but for one whose time was over."""
+        ours, theirs = self.pair()
+        patient = [running.start(lambda task: task.wait(ours, POLLIN, later())) for _ in range(5)]
+        hasty = running.start(lambda task: task.wait(ours, POLLIN, later(SHORT)))
+        patient += [running.start(lambda task: task.wait(ours, POLLIN, later())) for _ in range(5)]
+        thrown = patient.pop(0)  # the first one: another takes its place
+        running.call(lambda: thrown.task.throw(ClientGone()))
+        self.assertIs(False, hasty.result())
+        theirs.close()
+        self.assertEqual([True] * 9, [job.result() for job in patient])
+        self.assertIsInstance(thrown.result(), ClientGone)
+
+    @each_poller
+    def test_one_that_does_not_wait(self, running: Running) -> None:
+        """It ends within `start`, and is not told to have ended."""
+
+        async def work(_task: Task) -> int:
+            return 5
+
+        job = running.start(work)
+        self.assertEqual((5, False, []), (job.result(), job.task.busy, running.events))
+
+    @each_poller
+    def test_one_work_after_another(self, running: Running) -> None:
+        """A task is used again, also from within `ended`."""
+        ours, theirs = self.pair()
+        again = threading.Event()
+
+        async def read(task: Task) -> None:
+            await task.wait(ours, POLLIN, later())
+            ours.recv(1)
+
+        def once_more() -> None:
+            task.ended = again.set
+            task.start(read(task))
+
+        task = Task(running.loop, moving=lambda: None, ended=once_more)
+        running.call(lambda: task.start(read(task)))
+        theirs.send(b"1")
+        wait_for(lambda: task.ended == again.set and task.busy, "the second work")
+        theirs.send(b"2")
+        self.assertTrue(again.wait(LONG))
+
+
+class Thrown(LoopCase):
+    @each_poller
+    def test_into_a_wait(self, running: Running) -> None:
+        """It ends with that error, and what it waited for no longer wakes it."""
+        ours, theirs = self.pair()
+        job = running.start(lambda task: task.wait(ours, POLLIN, later()))
+        running.call(lambda: job.task.throw(ClientGone()))
+        self.assertIsInstance(job.result(), ClientGone)
+        theirs.send(b"x")
+        self.assertIs(True, running.start(lambda task: task.wait(ours, POLLIN, later())).result())
+        self.assertEqual([("ended", True)] * 1, running.events[:1])
+
+    @each_poller
+    def test_it_goes_on(self, running: Running) -> None:
+        """One that catches it may wait again, for the same socket."""
+        ours, theirs = self.pair()
+
+        async def stubborn(task: Task) -> bool:
+            try:
+                await task.wait(ours, POLLIN, later())
+            except ClientGone:
+                return await task.wait(ours, POLLIN, later())
+            raise AssertionError
+
+        job = running.start(stubborn)
+        running.call(lambda: job.task.throw(ClientGone()))
+        self.assertFalse(job.is_over.is_set())
+        theirs.send(b"x")
+        self.assertIs(True, job.result())
+
+
+class Moving(LoopCase):
+    @each_poller
+    def test_to_a_worker(self, running: Running) -> None:
+        """The rest runs there and may block; before, `moving`, and after, `ended`, are called on the loop."""
+        may_end, threads = threading.Event(), []
+
+        async def work(task: Task) -> bool:
+            threads.append(threading.current_thread())
+            await task.wait(None, 0, later(SHORT))
+            await task.move()
+            threads.append(threading.current_thread())
+            return may_end.wait(LONG)
+
+        job = running.start(work)
+        wait_for(lambda: len(threads) == 2, "its being moved")
+        self.assertEqual([("moving", True)], running.events)
+        self.assertEqual((True, False), (job.task.busy, job.task.on_loop))
+        self.assertNotIn(job.task, running.loop.tasks)
+        self.assertIs(False, running.start(lambda task: task.wait(None, 0, later(SHORT))).result())  # it blocks nobody
+        may_end.set()
+        self.assertIs(True, job.result())
+        self.assertIs(running.thread, threads[0])
+        self.assertIsNot(running.thread, threads[1])
+        self.assertEqual(("ended", True), running.events[-1])
+
+    @each_poller
+    def test_coming_back(self, running: Running) -> None:
+        """What came to a worker can go on on the loop, is told so there, and waits there again."""
+        ours, theirs = self.pair()
+        on_loop: list[bool] = []
+
+        async def work(task: Task) -> bool:
+            await task.move()
+            on_loop.append(threading.current_thread() is running.thread)
+            await task.come_back()
+            on_loop.append(threading.current_thread() is running.thread)
+            ready = await task.wait(ours, POLLIN, later())
+            on_loop.append(threading.current_thread() is running.thread)
+            return ready
+
+        job = running.start(work)
+        wait_for(lambda: len(on_loop) == 2, "its coming back")
+        theirs.send(b"x")
+        self.assertTrue(job.result())
+        self.assertEqual([False, True, True], on_loop)
+        self.assertEqual([("moving", True), ("returning", True), ("ended", True)], running.events)
+
+    @each_poller
+    def test_at_once(self, running: Running) -> None:
+        """A work that moves before it has waited is one that is busy after `start`."""
+
+        async def work(task: Task) -> str:
+            await task.move()
+            return threading.current_thread().name
+
+        job = running.start(work)
+        self.assertEqual("portway-test", job.result())
+        self.assertEqual([("moving", True), ("ended", True)], running.events)
+
+    @each_poller
+    def test_from_within_an_error(self, running: Running) -> None:
+        """One whose wait was ended by an error can still move."""
+
+        async def work(task: Task) -> bool:
+            try:
+                await task.wait(None, 0, later())
+            except ClientGone:
+                await task.move()
+            return threading.current_thread() is running.thread
+
+        job = running.start(work)
+        running.call(lambda: job.task.throw(ClientGone()))
+        self.assertIs(False, job.result())
+
+
+class Trouble(LoopCase):
+    @each_poller
+    def test_closed_by_another_thread(self, running: Running) -> None:
+        """A pooled connection that stirs, and that a worker closes before the loop lets it go, costs nothing."""
+        ours, theirs = self.pair()
+        self.assertIs(False, running.start(lambda task: task.wait(ours, POLLIN, later(SHORT))).result())
+        poll = running.poller.poll
+
+        def poll_and_close(timeout: float) -> list[tuple[int, int]]:
+            ready = poll(timeout)
+            if any(fd == number for fd, _ in ready):
+                ours.close()
+            return ready
+
+        number = ours.fileno()
+        running.call(lambda: setattr(running.poller, "poll", poll_and_close))  # between two polls
+        theirs.send(b"x")
+        wait_for(lambda: ours.fileno() < 0, "its being closed")
+        self.assertIs(False, running.start(lambda task: task.wait(None, 0, later(SHORT))).result())
+        self.assertEqual([], running.reported)
+
+    @each_poller
+    def test_a_mistake(self, running: Running) -> None:
+        """What raises is reported, and everything else goes on."""
+        mistake = RuntimeError("a mistake")
+
+        def fail() -> None:
+            raise mistake
+
+        running.loop.post(fail)
+        wait_for(lambda: bool(running.reported), "the report")
+        self.assertEqual([mistake], running.reported)
+        self.assertIs(False, running.start(lambda task: task.wait(None, 0, later(SHORT))).result())
+
+    @each_poller
+    def test_two_whose_time_is_over_at_once(self, running: Running) -> None:
+        """One that ends the other's wait meanwhile does not have it woken twice."""
+        until = later(SHORT)
+
+        async def work(task: Task) -> bool:
+            ready = await task.wait(None, 0, until)
+            for other in jobs:
+                if other.task is not task and other.task.busy:
+                    other.task.throw(ClientGone())
+            return ready
+
+        jobs = running.call(lambda: [Job(running, work) for _ in range(2)])
+        results = [job.result() for job in jobs]
+        self.assertEqual({False, True}, {isinstance(result, ClientGone) for result in results})
+        self.assertEqual([], running.reported)
+
+
+class Attached(LoopCase):
+    @each_poller
+    def test_it_is_told_each_time(self, running: Running) -> None:
+        """Until it is detached; with nothing to look for it is told nothing."""
+        ours, theirs = self.pair()
+        told: list[bytes] = []
+        running.call(lambda: running.loop.attach(ours, lambda _events: told.append(ours.recv(10))))
+        theirs.send(b"a")
+        wait_for(lambda: told == [b"a"], "the first byte")
+        running.call(lambda: running.loop.watch_for(ours, 0))
+        theirs.send(b"b")
+        self.passes(running)
+        running.call(lambda: running.loop.watch_for(ours, POLLIN))
+        wait_for(lambda: told == [b"a", b"b"], "the second byte")
+        running.call(lambda: running.loop.detach(ours))
+        running.call(lambda: running.loop.detach(ours))  # twice is once
+        theirs.send(b"c")
+        self.passes(running)
+        self.assertEqual([b"a", b"b"], told)
+
+    def passes(self, running: Running) -> None:
+        """The loop has gone round several times."""
+        for _ in range(5):
+            running.call(lambda: None)
+
+    @each_poller
+    def test_one_closed_by_another_in_the_same_round(self, running: Running) -> None:
+        """What was ready with it is not told of any more."""
+        first, second = self.pair(), self.pair()
+        told: list[int] = []
+
+        def end_the_other(number: int) -> None:
+            told.append(number)
+            for ours, _ in (first, second):
+                running.loop.detach(ours)
+
+        def attach_both() -> None:
+            for number, (ours, theirs) in enumerate((first, second)):
+                theirs.send(b"x")
+                running.loop.attach(ours, lambda _events, number=number: end_the_other(number))  # type: ignore[misc]
+
+        running.call(attach_both)
+        wait_for(lambda: bool(told), "one of them")
+        self.passes(running)
+        self.assertEqual(1, len(told))
+
+    @each_poller
+    def test_a_pooled_connection_that_its_server_closes(self, running: Running) -> None:
+        """Nobody waits for it: it is let go of, without a busy loop, and what is asked of it later is answered."""
+        ours, theirs = self.pair()
+        theirs.send(b"x")
+        self.assertIs(True, running.start(lambda task: task.wait(ours, POLLIN, later())).result())
+        ours.recv(1)
+        theirs.close()
+        self.passes(running)
+        before = running.poller.polls
+        self.assertFalse(threading.Event().wait(SHORT))
+        self.assertLessEqual(running.poller.polls - before, 1)
+        self.assertIs(True, running.start(lambda task: task.wait(ours, POLLIN, later())).result())
+
+
+class Descriptors(LoopCase):
+    @each_poller
+    def test_a_number_used_again(self, running: Running) -> None:
+        """A socket that takes the number of a closed one is waited for as itself, as often as that happens."""
+        for _ in range(5):
+            ours, theirs = self.pair()
+            number = ours.fileno()
+            self.assertIs(False, running.start(lambda task, s=ours: task.wait(s, POLLIN, later(0.001))).result())  # type: ignore[misc]
+            ours.close()  # without a word to the loop, as a pooled connection is
+            theirs.close()
+            ours, theirs = self.pair()
+            if ours.fileno() != number:
+                os.dup2(ours.fileno(), number)
+                ours = socket.socket(fileno=number)
+                self.addCleanup(ours.close)
+            job = running.start(lambda task, s=ours: task.wait(s, POLLIN, later()))  # type: ignore[misc]
+            self.assertFalse(job.is_over.is_set())
+            theirs.send(b"x")
+            self.assertIs(True, job.result())
+            ours.close()
+            theirs.close()
+
+    @each_poller
+    def test_a_number_used_again_by_a_client(self, running: Running) -> None:
+        """The same where the new one is attached, and the other way round."""
+        told = threading.Event()
+        ours, _theirs = self.pair()
+        number = ours.fileno()
+        self.assertIs(False, running.start(lambda task: task.wait(ours, POLLIN, later(0.001))).result())
+        ours.close()
+        client, theirs = self.renumbered(number)
+        running.call(lambda: running.loop.detach(client))  # which never was attached
+        running.call(lambda: running.loop.attach(client, lambda _events: told.set()))
+        running.call(lambda: running.loop.detach(ours))  # the old one, which has no number any more
+        theirs.send(b"x")
+        self.assertTrue(told.wait(LONG))
+        running.call(lambda: running.loop.detach(client))
+        client.close()
+        ours, theirs = self.renumbered(number)
+        job = running.start(lambda task: task.wait(ours, POLLIN, later()))
+        theirs.send(b"x")
+        self.assertIs(True, job.result())
+
+    def renumbered(self, number: int) -> tuple[socket.socket, socket.socket]:
+        """A new pair whose first socket has this number."""
+        ours, theirs = self.pair()
+        if ours.fileno() == number:
+            return ours, theirs
+        os.dup2(ours.fileno(), number)
+        moved = socket.socket(fileno=number)
+        self.addCleanup(moved.close)
+        moved.setblocking(False)
+        return moved, theirs
+
+    def test_none_is_left(self) -> None:
+        """After its end a loop has closed its own."""
+        before = len(os.listdir("/dev/fd"))
+        for make in POLLERS.values():
+            running = Running(self, make())
+            running.start(lambda task: task.wait(None, 0, later(0.001))).result()
+            running.stop()
+        self.assertEqual(before, len(os.listdir("/dev/fd")))
+
+
+class Posting(LoopCase):
+    @each_poller
+    def test_from_many_threads(self, running: Running) -> None:
+        """All of it is called, on the loop's thread, in each thread's own order; more than the line holds at once."""
+        called: list[tuple[int, int]] = []
+        here: set[bool] = set()
+
+        def note(who: int, turn: int) -> None:
+            called.append((who, turn))
+            here.add(threading.current_thread() is running.thread)
+
+        def post(who: int) -> None:
+            for turn in range(2000):
+                running.loop.post(functools.partial(note, who, turn))
+
+        held = threading.Event()
+
+        self.addCleanup(held.set)
+
+        def hold() -> None:
+            held.wait(6 * LONG)
+
+        running.loop.post(hold)  # meanwhile the line fills up
+        threads = [threading.Thread(target=post, args=(who,)) for who in range(4)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(LONG)
+        self.assertFalse(any(thread.is_alive() for thread in threads), "posting waits for the loop")
+        held.set()
+        wait_for(lambda: len(called) == 8000, "all that was posted")
+        self.assertEqual({True}, here)
+        for who in range(4):
+            self.assertEqual(list(range(2000)), [turn for name, turn in called if name == who])
+
+    @each_poller
+    def test_from_within(self, running: Running) -> None:
+        """What is posted on the loop's own thread is called too."""
+        done = threading.Event()
+        running.call(lambda: running.loop.post(done.set))
+        self.assertTrue(done.wait(LONG))
+
+    def test_after_the_end(self) -> None:
+        """Nothing happens, and nobody is harmed: a worker may end its request then."""
+        running = Running(self, SelectorPoller())
+        running.stop()
+        running.loop.post(lambda: None)
+
+    @each_poller
+    def test_stop_waits_for_nobody(self, running: Running) -> None:
+        """A loop with tasks that wait for long ends at once."""
+        running.start(lambda task: task.wait(None, 0, later(60)))
+        started = time.monotonic()
+        running.loop.stop(LONG)
+        running.thread.join(LONG)
+        self.assertLess(time.monotonic() - started, LONG / 2)
+
+    def test_the_sweep(self) -> None:
+        """It comes at its intervals, whether anything happens or not."""
+        swept = threading.Semaphore(0)
+        reported: list[Exception] = []
+        loop = Loop(Workers(1, "test"))
+        thread = threading.Thread(target=loop.run, args=(swept.release, 0.005, reported.append), daemon=True)
+        thread.start()
+        for _ in range(5):
+            self.assertTrue(swept.acquire(timeout=LONG))
+        loop.stop(LONG)
+        thread.join(LONG)
+        loop.close()
+
+
+class PollerTest(LoopCase):
+    """What loop.py asks of a poller, of each kind."""
+
+    def test_registering_twice(self) -> None:
+        """Is told, so that it can be changed instead."""
+        for name, make in POLLERS.items():
+            with self.subTest(name):
+                poller = make()
+                ours, theirs = self.pair()
+                poller.register(ours.fileno(), POLLIN)
+                with self.assertRaises(FileExistsError):
+                    poller.register(ours.fileno(), POLLIN)
+                self.assertEqual([], poller.poll(0))
+                poller.modify(ours.fileno(), POLLOUT)
+                self.assertEqual([(ours.fileno(), POLLOUT)], poller.poll(0))
+                poller.modify(ours.fileno(), POLLIN | POLLOUT)
+                theirs.send(b"x")
+                self.assertEqual([(ours.fileno(), POLLIN | POLLOUT)], poller.poll(0))
+                poller.unregister(ours.fileno())
+                self.assertEqual([], poller.poll(0))
+                poller.close()
+
+    def test_nothing_to_look_for(self) -> None:
+        """Bytes that wait are no news then; afterwards they are."""
+        for name, make in POLLERS.items():
+            with self.subTest(name):
+                poller = make()
+                ours, theirs = self.pair()
+                theirs.send(b"x")
+                poller.register(ours.fileno(), POLLIN)
+                poller.modify(ours.fileno(), 0)
+                self.assertEqual([], poller.poll(0))
+                poller.modify(ours.fileno(), POLLIN)
+                self.assertEqual([(ours.fileno(), POLLIN)], poller.poll(0))
+                poller.unregister(ours.fileno())
+                poller.close()
+
+    @unittest.skipUnless(hasattr(select, "epoll"), "no epoll here")
+    def test_the_best_one(self) -> None:
+        """epoll where there is one, else the standard library's choice."""
+        best = loops._best_poller()
+        self.assertIsInstance(best, select.epoll)
+        best.close()
+        with mock.patch.object(select, "epoll", create=True):
+            del select.epoll
+            other = loops._best_poller()
+        self.assertIsInstance(other, SelectorPoller)
+        other.close()
+
+
+class PortableTest(unittest.TestCase):
+    """The daemon as it runs on a system without epoll and without POLLRDHUP: macOS."""
+
+    def setUp(self) -> None:
+        for patch in (
+            mock.patch.object(loops, "_best_poller", SelectorPoller),
+            mock.patch("portway.proxy.HANGUP", 0),
+            mock.patch("portway.watch.HANGUP", 0),
+        ):
+            patch.start()
+            self.addCleanup(patch.stop)
+
+    def daemon(self, first: Target, rest: str = "", kind: str = "openai") -> Daemon:
+        daemon = self.enterContext(Daemon(chain(first.url, kinds=[kind], rest=rest)))
+        self.assertIsInstance(daemon._daemon._server.loop._poller, SelectorPoller)
+        return daemon
+
+    def client(self, daemon: Daemon) -> RawClient:
+        return self.enterContext(daemon.client())
+
+    def test_plain_and_streamed(self) -> None:
+        """Many answers over one connection, to the client and to the backend."""
+        for kind in ("openai", "ollama"):
+            with self.subTest(kind):
+                script = [answer(kind, "a"), answer(kind, "b", stream=True)] * 5
+                with Target(*script) as first:
+                    client = self.client(self.daemon(first, kind=kind))
+                    for _ in range(5):
+                        self.assertEqual("a", ask(client).json["choices"][0]["message"]["content"])
+                        self.assertEqual("b", text_of(frames(ask(client, stream=True).body)))
+
+    def test_many_clients(self) -> None:
+        """At once, each with its own answer."""
+        with Target(then=answer("openai", "a")) as first:
+            daemon = self.daemon(first)
+            clients = [self.client(daemon) for _ in range(30)]
+            for client in clients:
+                client.request("POST", CHAT, {"model": "first", "messages": MESSAGES})
+            self.assertEqual([200] * 30, [client.response().status for client in clients])
+
+    def test_who_leaves(self) -> None:
+        """In each way, while a plain answer and a stream are waited for: upstream is closed."""
+        for leave in (RawClient.close, RawClient.reset, RawClient.half_close):
+            scripts: tuple[list[Action], ...] = ([HANG], [begun("openai", "a"), HANG])
+            for script in scripts:
+                with self.subTest(leave.__name__, begun=len(script) > 1), Target(script) as first:
+                    client = self.client(self.daemon(first))
+                    stream = len(script) > 1
+                    client.request("POST", CHAT, {"model": "first", "messages": MESSAGES, "stream": stream})
+                    wait_for(lambda: bool(first.asked), "the request")
+                    if stream:
+                        next_json(client.events(client.head()))
+                    leave(client)
+                    first.wait_closed(first.asked[0].connection)
+
+    def test_the_next_request_ahead(self) -> None:
+        """It is kept and answered next; much of it, too, which is not all taken at once."""
+        gate = threading.Event()
+        with Target([gate, answer("openai", "one")], answer("openai", "two")) as first:
+            client = self.client(self.daemon(first, "[server]\nmax_body = 2000000\n"))
+            client.request("POST", CHAT, {"model": "first", "messages": MESSAGES})
+            wait_for(lambda: bool(first.asked), "the request")
+            large = [{"role": "user", "content": "x" * 1_000_000}]
+            sending = threading.Thread(
+                target=client.request, args=("POST", CHAT, {"model": "first", "messages": large}), daemon=True
+            )
+            sending.start()
+            gate.set()
+            said = [client.response().json["choices"][0]["message"]["content"] for _ in range(2)]
+            sending.join(LONG)
+        self.assertEqual(["one", "two"], said)
+
+    def test_too_late(self) -> None:
+        """Half a request is 408 after its time, and an idle connection is closed."""
+        with Target() as first:
+            daemon = self.daemon(first, "[server]\nheader_timeout = 0.1\nidle_timeout = 0.3\n")
+            half, idle = self.client(daemon), self.client(daemon)
+            half.send(b"GET /v1/mod")
+            self.assertEqual(408, half.response().status)
+            self.assertTrue(half.at_end())
+            self.assertTrue(idle.at_end())
+
+    def test_heartbeats(self) -> None:
+        """A client that hears nothing is told that somebody is there."""
+        gate = threading.Event()
+        with Target([gate, answer("openai", "a", stream=True)]) as first:
+            client = self.client(self.daemon(first, "[server]\nheartbeat = 0.02\n"))
+            client.request("POST", CHAT, {"model": "first", "messages": MESSAGES, "stream": True})
+            events = client.events(client.head())
+            self.assertEqual(["portway"] * 3, [next(events).comment for _ in range(3)])
+            gate.set()
+            said = [event.data for event in events if event.data]
+        self.assertEqual("[DONE]", said[-1])
+
+    def test_a_slow_reader(self) -> None:
+        """It gets all of a stream that is larger than what the sockets hold, and delays nobody else."""
+        text = "x" * 50_000
+        script: list[Action] = [begun("openai", "first"), *[part("openai", text)] * 400, ended("openai")]
+        with Target(script, answer("openai", "quick")) as first:
+            daemon = self.daemon(first)
+            slow = self.client(daemon)
+            slow.request("POST", CHAT, {"model": "first", "messages": MESSAGES, "stream": True})
+            head = slow.head()
+            self.assertEqual("quick", ask(self.client(daemon)).json["choices"][0]["message"]["content"])
+            chunks = [json.loads(event.data) for event in slow.events(head) if event.data not in (None, "[DONE]")]
+        self.assertEqual(len("first") + 400 * len(text), len(text_of(chunks)))
+
+    def test_one_that_does_not_read(self) -> None:
+        """After server.write_timeout it is given up, and the backend with it."""
+        script: list[Action] = [begun("openai", "first"), *[part("openai", "x" * 50_000)] * 1000, HANG]
+        with Target(script) as first:
+            client = self.client(self.daemon(first, "[server]\nwrite_timeout = 0.2\n"))
+            client.request("POST", CHAT, {"model": "first", "messages": MESSAGES, "stream": True})
+            client.head()
+            first.wait_closed(first.asked[0].connection)
+
+
+if __name__ == "__main__":
+    unittest.main()
