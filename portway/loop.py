@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 POLLIN: Final = 1  # as select.POLLIN and select.EPOLLIN on every system
 POLLOUT: Final = 4
 HANGUP: Final = getattr(select, "POLLRDHUP", 0)  # an end that is seen without reading; Linux alone has it
+REST = 0.001  # seconds without a task or an event after which what was put off is done
 _NEVER = float("inf")
 _MOVE = object()  # what a coroutine yields to be moved to a thread, or back; else it yields None
 
@@ -208,6 +209,7 @@ class Loop:
         self._poller = poller or _best_poller()
         self._entries: dict[int, _Entry] = {}
         self._posted: deque[Callable[[], None]] = deque()
+        self._put_off: deque[Callable[[], None]] = deque()
         self._mouth, self._ear = socket.socketpair()
         self._mouth.setblocking(False)
         self._ear.setblocking(False)
@@ -248,12 +250,16 @@ class Loop:
                 except Exception as exc:  # noqa: BLE001 - reported
                     report(exc)
         finally:
+            while self._put_off:
+                self._put_off.popleft()()
             self._stopped.set()
 
     def _round(self, until: float) -> None:
         """Wait, until then at most, and deal with what has happened."""
         entries = self._entries
-        for fd, events in self._poller.poll(max(0.0, min(self._next, until) - time.monotonic())):
+        left = max(0.0, min(self._next, until) - time.monotonic())
+        ready = self._poller.poll(min(left, REST) if self._put_off else left)
+        for fd, events in ready:
             entry = entries.get(fd)
             if entry is None:
                 continue  # closed by what came before it in this very round
@@ -266,6 +272,17 @@ class Loop:
         now = time.monotonic()
         if now >= self._next:
             self._expire(now)
+        if self._put_off and (self.tasks or not ready):
+            for _ in range(len(self._put_off)):
+                self._put_off.popleft()()
+
+    def put_off(self, what: Callable[[], None]) -> None:
+        """Have it called while the tasks that there are wait for others, or else after a moment of rest: what must
+        be done, but not before an answer or the next request. When `run` has ended it is called at once."""
+        if self._stopped.is_set():
+            what()
+        else:
+            self._put_off.append(what)
 
     def attach(self, sock: socket.socket, stirred: Callable[[int], None], mask: int = POLLIN) -> None:
         """Call `stirred` with the events whenever something comes in, until `detach`."""

@@ -22,6 +22,7 @@ import traceback
 from collections import deque
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from functools import partial
 from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from itertools import islice
@@ -576,7 +577,10 @@ class Handler(BaseHTTPRequestHandler):
         daemon = self.server.daemon
         daemon.metrics.observe(self._record)
         if daemon.log:
-            daemon.log.record(self._record)
+            if self.task.on_loop:
+                self.server.loop.put_off(partial(daemon.log.record, self._record))
+            else:
+                daemon.log.record(self._record)
 
     async def _dispatch(self, request: Request) -> None:
         self._record.client = _client(request.head)

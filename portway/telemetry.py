@@ -21,6 +21,7 @@ import re
 import stat
 import threading
 import time
+from binascii import hexlify
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -280,49 +281,48 @@ def line(record: Record, price: Price) -> bytes:
         queue_s, load_s, tps = _finite(queue_s), _finite(load_s), _finite(tps)
     attempts = record.attempts
     tried: tuple[str, str] | None = None
-    seconds: float | str
+    seconds: float | bytes
     if len(attempts) == 1:
         (attempt,) = attempts
         tried, seconds = (attempt.model, attempt.reason), attempt.seconds
     else:
-        seconds = ",".join(map(_attempt, attempts))
+        seconds = ",".join(map(_attempt, attempts)).encode()
     names = _NAMES(record)
-    numbers = (chars, prompt, completion, latency, queue_s, load_s, ttft, tps, overhead)
+    numbers = (prompt_chars, chars, prompt, completion, latency, queue_s, load_s, ttft, tps, overhead)
     make = _form if len(record.client) + len(record.endpoint) + len(record.error) < 3 * MAX_NAME else _new_form
     form, is_saved = make(names, tried, tuple(map(type, numbers)))
     saved = price.of(prompt or 0, completion or 0) if is_saved else 0.0
-    text = form % (iso_time(record.ts), _text(record.id), seconds, prompt_hash, prompt_chars, *numbers, saved)
-    return text.encode("ascii")
+    return form % (iso_time(record.ts).encode(), _text(record.id).encode(), seconds, prompt_hash, *numbers, saved)
 
 
-def _new_form(names: _Names, tried: tuple[str, str] | None, kinds: tuple[type, ...]) -> tuple[str, bool]:
+def _new_form(names: _Names, tried: tuple[str, str] | None, kinds: tuple[type, ...]) -> tuple[bytes, bool]:
     """The line with a place for each number of these kinds, and whether the answer saved what it would have cost.
     tried: the only attempt's model and reason; None = there were none or several."""
     client, key, endpoint, model, served_by, host = names[:6]
     stream, status, exit_code, error, cache_hit, truncated, cancelled_in = names[6:]
     failure = failure_of(cancelled_in, status, error)
-    chars, prompt, completion, latency, queue_s, load_s, ttft, tps, overhead = map(_place, kinds)
+    prompt_chars, chars, prompt, completion, latency, queue_s, load_s, ttft, tps, overhead = map(_place, kinds)
     local = is_local(host) if host else None
-    is_known = kinds[1] is int or kinds[2] is int  # the tokens
-    attempt = f'{{"model":{_part(tried[0])},"reason":{_part(tried[1])},"seconds":%.6g}}' if tried else "%s"
+    is_known = kinds[2] is int or kinds[3] is int  # the tokens
+    attempt = f'{{"model":{_part(tried[0])},"reason":{_part(tried[1])},"seconds":%.6g}}' if tried else "%b"
     text = (
-        f'{{"ts":"%s","id":%s,"client":{_part(client)},"key":{_part(key)},"endpoint":{_part(endpoint)}'
+        f'{{"ts":"%b","id":%b,"client":{_part(client)},"key":{_part(key)},"endpoint":{_part(endpoint)}'
         f',"model":{_part(model)},"served_by":{_part(served_by)},"local":{_WORDS[local]},"stream":{_WORDS[stream]}'
         f',"status":{status},"exit_code":{failure if exit_code is None else exit_code},"error":{_part(error)}'
         f',"cache_hit":{_WORDS[cache_hit]},"demoted":{_WORDS[bool(served_by) and served_by != model]}'
-        f',"attempts":[{attempt}],"prompt_hash":%s,"prompt_chars":%s,"response_chars":{chars}'
+        f',"attempts":[{attempt}],"prompt_hash":%b,"prompt_chars":{prompt_chars},"response_chars":{chars}'
         f',"prompt_tokens":{prompt},"completion_tokens":{completion},"truncated":{_WORDS[truncated]}'
         f',"cancelled_in":{_part(cancelled_in)},"latency_s":{latency},"queue_s":{queue_s},"load_s":{load_s}'
         f',"ttft_s":{ttft},"decode_tps":{tps},"overhead_ms":{overhead}'
         f',"saved_usd":{"%.6g" if is_known else _NOTHING}}}\n'
     )
-    return text, is_known and not failure and bool(cache_hit or local)
+    return text.encode("ascii"), is_known and not failure and bool(cache_hit or local)
 
 
 _form = lru_cache(maxsize=256)(_new_form)
 
 
-_NOTHING = "null%.0s"  # whatever is put there, it says null
+_NOTHING = "null%.0a"  # whatever is put there, it says null
 
 
 def _place(kind: type) -> str:
@@ -388,25 +388,25 @@ def _attempt(attempt: Attempt) -> str:
     return f'{{"model":{_text(attempt.model)},"reason":{_text(attempt.reason)},"seconds":{attempt.seconds:.6g}}}'
 
 
-def _digest(body: Mapping[str, Any] | None) -> tuple[str, str | int]:
+def _digest(body: Mapping[str, Any] | None) -> tuple[bytes, int | None]:
     """The prompt's hash, 16 hexadecimal digits in quotation marks, and its characters.
 
     Only the prompt: the same question asked with other options, or of another model, has the same hash.
     """
     if body is None:
-        return "null", "null"
+        return b"null", None
     messages = body.get("messages")
     if type(messages) is list and _OTHER_PROMPTS.isdisjoint(body):
         try:  # a role and a text each, as in most chats: no function for each of them
             if _DICT.issuperset(map(type, messages)) and _ROLE_AND_TEXT.issuperset(map(tuple, messages)):
                 text = "\0".join((*chain.from_iterable(map(dict.values, messages)), ""))
-                sha = hashlib.sha256(text.encode("utf-8", "surrogatepass"))
-                return f'"{sha.hexdigest()[:16]}"', sum(map(len, map(_CONTENT, messages)))
+                sha = hashlib.sha256(text.encode("utf-8", "surrogatepass")).digest()
+                return b'"%b"' % hexlify(sha[:8]), sum(map(len, map(_CONTENT, messages)))
         except TypeError:
             pass  # something else than a text
     texts: list[str] = []
     chars = sum([_read(key, body[key], texts) for key in _PROMPT_KEYS if key in body])
-    return f'"{digest(texts)[:8].hex()}"', chars
+    return b'"%b"' % hexlify(digest(texts)[:8]), chars
 
 
 _PROMPT_KEYS = ("messages", "prompt", "suffix", "input")
