@@ -11,6 +11,7 @@ from portway.call import PHASES
 from portway.errors import FAILURES
 from scripts import guards
 from scripts.guard_list import GUARDS
+from scripts.torture_rows import report
 
 ROOT = Path(__file__).resolve().parent.parent
 REFERENCE = (ROOT / "docs" / "reference.md").read_text("utf-8")
@@ -123,7 +124,7 @@ class ReadmeTest(unittest.TestCase):
         written = (ROOT / "docs" / "reliability.md").read_text("utf-8")
         table = written.split("## The table\n\n")[1].split("\n\n")[0]
         self.assertGreater(len(table.splitlines()), 3)
-        self.assertIn(f"\n\n{table}\n\n", README)
+        self.assertIn(f"\n\n{report.MARK}\n{table}\n\n", README)
 
     def test_the_two_commands(self):
         """README's two commands are those that CI runs."""
