@@ -22,6 +22,8 @@ from collections.abc import Callable, Coroutine, Generator
 from types import coroutine
 from typing import TYPE_CHECKING, Any, Final, Protocol
 
+from portway.errors import NoThread
+
 if TYPE_CHECKING:
     from portway.workers import Workers
 
@@ -98,7 +100,7 @@ class Task:
         return await _suspended()
 
     async def move(self) -> None:
-        """Go on, on a worker. Only on the loop."""
+        """Go on, on a worker. Only on the loop. Raises NoThread, still on the loop, if there is none."""
         await _moving()
 
     async def come_back(self) -> None:
@@ -145,7 +147,10 @@ class Task:
             self._loop.tasks.discard(self)
             self.on_loop = False
             self.moving()
-            self._loop.workers.submit(self._run_on_a_worker)
+            try:
+                self._loop.workers.submit(self._run_on_a_worker)
+            except NoThread as exc:
+                self._come_back(None, exc)
 
     def _run_on_a_worker(self) -> None:
         work = self._coroutine
@@ -161,14 +166,16 @@ class Task:
 
     def _go_on(self) -> None:
         """On the loop again."""
+        self._come_back(True)
+
+    def _come_back(self, value: bool | None, error: BaseException | None = None) -> None:
         self.on_loop = True
         self._loop.tasks.add(self)
         try:
             self.returning()
         except OSError as exc:
-            self._step(None, exc)
-        else:
-            self._step(True)
+            value, error = None, exc
+        self._step(value, error)
 
     def _end_told(self) -> None:
         self._end(tell=True)

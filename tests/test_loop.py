@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 from unittest import mock
 
 from portway import loop as loops
-from portway.errors import ClientGone
+from portway.errors import ClientGone, NoThread
 from portway.loop import POLLIN, POLLOUT, Loop, Poller, SelectorPoller, Task
 from portway.workers import Workers
 from tests.daemon import Daemon
@@ -419,6 +419,31 @@ class Moving(LoopCase):
         job = running.start(work)
         running.call(lambda: job.task.throw(ClientGone()))
         self.assertIs(False, job.result())
+
+    @each_poller
+    def test_without_a_thread(self, running: Running) -> None:
+        """It is told so on the loop, where it can go on, and ends like any other; also before it has waited."""
+        ours, theirs = self.pair()
+
+        def work(first: float) -> Callable[[Task], Coroutine[Any, Any, bool]]:
+            async def moves(task: Task) -> bool:
+                if first:
+                    await task.wait(None, 0, later(first))
+                try:
+                    await task.move()
+                except NoThread:
+                    return task.on_loop and await task.wait(ours, POLLIN, later())
+                return False
+
+            return moves
+
+        with mock.patch("threading.Thread.start", side_effect=RuntimeError("can't start new thread")):
+            job = running.start(work(SHORT))
+            wait_for(lambda: ("returning", True) in running.events, "its coming back")
+            theirs.send(b"x")
+            self.assertIs(True, job.result())
+            self.assertIs(True, running.start(work(0.0)).result())
+        self.assertEqual([("moving", True), ("returning", True), ("ended", True)], running.events[:3])
 
 
 class Trouble(LoopCase):
