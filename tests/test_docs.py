@@ -119,6 +119,12 @@ class ReferenceTest(unittest.TestCase):
 
 
 class ReadmeTest(unittest.TestCase):
+    def test_the_guards_are_where_they_are_said_to_be(self):
+        """Each guard's words stand in the source once, so that scripts/guards.py can take it away."""
+        for guard in GUARDS:
+            for file, words, _ in guard.edits:
+                self.assertEqual(1, (ROOT / file).read_text("utf-8").count(words), (guard.promise, file))
+
     def test_what_held(self):
         """README quotes the table that scripts/torture.py wrote, whole and as it is."""
         written = (ROOT / "docs" / "reliability.md").read_text("utf-8")
