@@ -121,7 +121,7 @@ class Watch(Protocol):
 
     async def on_thread(self, *, for_good: bool = False) -> None:
         """From here on waits block: to be awaited before anything that can do nothing else. for_good: to the
-        request's end; what runs coroutines by `finish` can't have them come back."""
+        request's end; what runs coroutines by `finish` can't have them come back. Raises NoThread."""
         ...
 
     async def on_loop(self) -> None:

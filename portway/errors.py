@@ -64,6 +64,19 @@ class Stopping(PortwayError):
         )
 
 
+class NoThread(PortwayError):
+    """The system has no thread left, and what is asked can only be done on one."""
+
+    def __init__(self) -> None:
+        super().__init__(
+            "The system has no thread left for this request. Way out: try again later.",
+            status=503,
+            type="api_error",
+            code="no_thread",
+            headers={"Retry-After": "1"},
+        )
+
+
 class ClientGone(Exception):
     """The client closed its socket. Not an error of anybody's; no backend is blamed."""
 

@@ -22,6 +22,8 @@ from collections.abc import Callable, Coroutine, Generator
 from types import coroutine
 from typing import TYPE_CHECKING, Any, Final, Protocol
 
+from portway.errors import NoThread
+
 if TYPE_CHECKING:
     from portway.workers import Workers
 
@@ -83,12 +85,14 @@ class Task:
         self._starting = False
 
     def start(self, work: Coroutine[Any, Any, None]) -> None:
-        """Run it, at once and until it waits; afterwards `busy` says whether it does."""
+        """Run it, at once and until it waits; afterwards `busy` says whether it does. Raises what it raises."""
         self._coroutine, self.busy, self.on_loop = work, True, True
         self._loop.tasks.add(self)
         self._starting = True
-        self._step(None)
-        self._starting = False
+        try:
+            self._step(None)
+        finally:
+            self._starting = False
 
     async def wait(self, sock: socket.socket | None, events: int, until: float) -> bool:
         """Until `sock` is ready: True; False once time.monotonic() passes `until`. sock: None = for the time alone."""
@@ -96,7 +100,7 @@ class Task:
         return await _suspended()
 
     async def move(self) -> None:
-        """Go on, on a worker. Only on the loop."""
+        """Go on, on a worker. Only on the loop. Raises NoThread, still on the loop, if there is none."""
         await _moving()
 
     async def come_back(self) -> None:
@@ -136,11 +140,17 @@ class Task:
         except StopIteration:
             self._end(tell=not self._starting)
             return
+        except BaseException:  # a mistake: whoever holds the task must not take it for one that goes on
+            self._end(tell=not self._starting)
+            raise
         if wanted is _MOVE:
             self._loop.tasks.discard(self)
             self.on_loop = False
             self.moving()
-            self._loop.workers.submit(self._run_on_a_worker)
+            try:
+                self._loop.workers.submit(self._run_on_a_worker)
+            except NoThread as exc:
+                self._come_back(None, exc)
 
     def _run_on_a_worker(self) -> None:
         work = self._coroutine
@@ -156,10 +166,16 @@ class Task:
 
     def _go_on(self) -> None:
         """On the loop again."""
+        self._come_back(True)
+
+    def _come_back(self, value: bool | None, error: BaseException | None = None) -> None:
         self.on_loop = True
         self._loop.tasks.add(self)
-        self.returning()
-        self._step(True)
+        try:
+            self.returning()
+        except OSError as exc:
+            value, error = None, exc
+        self._step(value, error)
 
     def _end_told(self) -> None:
         self._end(tell=True)
@@ -174,12 +190,15 @@ class Task:
 class _Entry:
     """A registered descriptor: who is told of it. stirred: a client's, always; task: who waits for it now.
     others: further ones who do, for the same; each has its turn as long as there is something to be read:
-    identical requests share one line (cache/flights.py)."""
+    identical requests share one line (cache/flights.py). made_in: which round of the loop."""
 
-    __slots__ = ("mask", "others", "sock", "stirred", "task")
+    __slots__ = ("made_in", "mask", "others", "sock", "stirred", "task")
 
-    def __init__(self, sock: socket.socket, mask: int, stirred: Callable[[int], None] | None = None) -> None:
+    def __init__(
+        self, sock: socket.socket, mask: int, made_in: int, stirred: Callable[[int], None] | None = None
+    ) -> None:
         self.sock = sock
+        self.made_in = made_in
         self.mask = mask
         self.stirred = stirred
         self.task: Task | None = None
@@ -209,6 +228,7 @@ class Loop:
         self._poller = poller or _best_poller()
         self._entries: dict[int, _Entry] = {}
         self._posted: deque[Callable[[], None]] = deque()
+        self._rounds = 0
         self._put_off: deque[Callable[[], None]] = deque()
         self._mouth, self._ear = socket.socketpair()
         self._mouth.setblocking(False)
@@ -223,6 +243,9 @@ class Loop:
     def post(self, what: Callable[[], None]) -> None:
         """Have it called on the loop's thread, soon."""
         self._posted.append(what)
+        self._ring()
+
+    def _ring(self) -> None:
         try:
             self._mouth.send(b"\0")
         except OSError:
@@ -258,10 +281,11 @@ class Loop:
         entries = self._entries
         left = max(0.0, min(self._next, until) - time.monotonic())
         ready = self._poller.poll(min(left, REST) if self._put_off else left)
+        self._rounds += 1
         for fd, events in ready:
             entry = entries.get(fd)
-            if entry is None:
-                continue  # closed by what came before it in this very round
+            if entry is None or entry.made_in == self._rounds:
+                continue  # closed by what came before it in this very round, and its number maybe another's already
             if entry.task is not None:
                 entry.task.wake(ready=True)
             elif entry.stirred is not None:
@@ -281,16 +305,17 @@ class Loop:
 
     def put_off(self, what: Callable[[], None]) -> None:
         """Have it called while the tasks that there are wait for others, or else after a moment of rest: what must
-        be done, but not before an answer or the next request. At the latest when `run` ends; after that at once."""
-        self._put_off.append(what)
+        be done, but not before an answer or the next request. When `run` has ended it is called at once."""
         if self._stopped.is_set():
-            self._catch_up()
+            what()
+        else:
+            self._put_off.append(what)
 
     def attach(self, sock: socket.socket, stirred: Callable[[int], None], mask: int = POLLIN) -> None:
         """Call `stirred` with the events whenever something comes in, until `detach`."""
         fd = sock.fileno()
         self._register(fd, mask)
-        self._entries[fd] = _Entry(sock, mask, stirred)
+        self._entries[fd] = _Entry(sock, mask, self._rounds, stirred)
 
     def watch_for(self, sock: socket.socket, mask: int) -> None:
         """Look for other events on an attached socket."""
@@ -314,7 +339,7 @@ class Loop:
             entry = self._entries.get(fd)
             if entry is None or entry.sock is not sock:  # new, or its number was another's, which is closed
                 self._register(fd, events)
-                entry = self._entries[fd] = _Entry(sock, events)
+                entry = self._entries[fd] = _Entry(sock, events, self._rounds)
             elif entry.mask != events:
                 self._poller.modify(fd, events)
                 entry.mask = events
@@ -356,8 +381,12 @@ class Loop:
             self._ear.recv(4096)
         except OSError:
             return
-        while self._posted:
-            self._posted.popleft()()
+        try:
+            while self._posted:
+                self._posted.popleft()()
+        finally:
+            if self._posted:  # behind one that has raised
+                self._ring()
 
 
 # --- what the system offers -----------------------------------------------------------------------

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 import select
 import socket
 import socketserver
@@ -167,14 +168,14 @@ class EventStream:
             raise ClientGone from exc
 
     async def relay(self, found: Found) -> None:
-        """Send the whole answer. Raises BackendError if it breaks; OSError if the client does, unless
+        """Send the whole answer. Raises BackendError if it breaks; ClientGone or OSError if the client does, unless
         somebody else waits for the same answer: then it is read to its end without this client."""
         fields = found.facts.fields()
         while piece := await found.piece():
             if found.has_client:
                 try:
                     await self._relay(piece, found, fields)
-                except OSError as exc:
+                except (ClientGone, OSError) as exc:
                     found.client_left(exc)
             self._handler.watch.heard()
 
@@ -246,9 +247,10 @@ class Handler(BaseHTTPRequestHandler):
         self._closed = False
         self._gone = False  # it was seen to leave while its request was under way
         self._leaving = False  # it was told why, and is given time to read that
+        self._answered = False  # its request was dealt with to the end, whatever came of it
         self._buffer = b""
         self._reading: Incoming | None = None
-        self.began = 0.0  # time.monotonic() when the request that is coming in began to
+        self.began = 0.0  # time.monotonic() when the request that is coming in began to; 0.0 = nothing of it is here
         self.task = Task(self.server.loop, moving=self._look_away, returning=self._look_back, ended=self._ended)
         self.watch = ClientWatch(self.connection, self.read_ahead, self.task)
 
@@ -284,13 +286,13 @@ class Handler(BaseHTTPRequestHandler):
             self.task.throw(exc)
 
     def _receive(self) -> bool:
-        """Take what has come; False if that was nothing. Raises ClientGone at its end."""
+        """Take what has come; False if that was nothing. Raises ClientGone at its end, or Stopping if that was us."""
         try:
             data = self.connection.recv(RECEIVE)
         except BlockingIOError:
             return False
         if not data:
-            raise ClientGone
+            raise Stopping if self.watch.is_stopping else ClientGone
         if self._leaving:
             return False  # unread: it is to see our last words before its connection is reset
         self._buffer = self._buffer + data if self._buffer else data
@@ -335,7 +337,7 @@ class Handler(BaseHTTPRequestHandler):
             request = self._next()
             if request is None:
                 return
-            if self.server.is_full():
+            if self.server.is_full() or self.server.backlog:
                 self.waiting, self.began = request, time.monotonic()
                 self.server.backlog.append(self)
                 return
@@ -344,9 +346,11 @@ class Handler(BaseHTTPRequestHandler):
     def serve(self, request: Request) -> None:
         """Begin to answer; mostly it then waits for a backend."""
         self.server.in_flight.begin()
-        self.task.start(self._serve(request))
-        if not self.task.busy:
-            self._settle()
+        try:
+            self.task.start(self._serve(request))
+        finally:
+            if not self.task.busy:
+                self._settle()
 
     def take_turn(self, request: Request) -> None:
         """Its request has waited long enough."""
@@ -373,8 +377,10 @@ class Handler(BaseHTTPRequestHandler):
             self._lost(exc)
 
     def _lost(self, exc: Exception) -> None:
-        """The client's end, and there is nobody to tell; or a bug of ours, which must not cost the loop."""
-        if isinstance(exc, OSError | ClientGone):
+        """The client's end, and there is nobody to tell; ours; or a bug of ours, which must not cost the loop."""
+        if isinstance(exc, Stopping):
+            self.break_off(exc)
+        elif isinstance(exc, OSError | ClientGone):
             self._never_came_in()
         else:
             self.server.daemon.unforeseen(exc)
@@ -383,9 +389,10 @@ class Handler(BaseHTTPRequestHandler):
     def _settle(self) -> None:
         """After an answer: close, or be ready for the next request."""
         self.server.in_flight.end()
+        self.began = 0.0
         if self._leaving:
             self._say_goodbye()
-        elif self._gone or not self.keep_alive:
+        elif self._gone or not (self.keep_alive and self._answered):
             self.close()
         else:
             self.expires = time.monotonic() + self.server.daemon.state.config.server.idle_timeout
@@ -401,9 +408,9 @@ class Handler(BaseHTTPRequestHandler):
         """The connection's end, from our side."""
         if not self._closed:
             self._closed = True
-            self.waiting = None  # its turn is passed over
             self._look_away()
             self.server.forget(self)
+            self.waiting = None
             self.connection.close()
 
     def cut(self) -> None:
@@ -486,8 +493,8 @@ class Handler(BaseHTTPRequestHandler):
     def _begin(self) -> Request | None:
         """The next request, if it is all there and well; else `_reading` has what there is of it, if its head is in."""
         buffer = self._buffer
-        while buffer[:2] == b"\r\n":
-            buffer = self._buffer = buffer[2:]  # RFC 9112 section 2.2: empty lines before a request are let pass
+        if (empty := _EMPTY_LINES.match(buffer)) is not None:
+            buffer = self._buffer = buffer[empty.end() :]
         end = buffer.find(b"\r\n\r\n")
         if end < 0:
             self._wait_for_head()
@@ -516,7 +523,7 @@ class Handler(BaseHTTPRequestHandler):
             self._reading = Incoming.broken(head_too_long())
         elif not self._buffer:
             self.expires = now + config.idle_timeout
-        elif self.expires > now + config.header_timeout:
+        elif not self.began:
             self.expires, self.began = now + config.header_timeout, now
 
     def _admitted(self, head: bytes, max_body: int) -> Incoming:
@@ -545,6 +552,7 @@ class Handler(BaseHTTPRequestHandler):
         self._cors = request.cors
         self._record = Record(time.time(), time.monotonic(), "", head.path)
         self._stream: EventStream | None = None
+        self._answered = False
         self.watch.begin(0.0, None)
         try:
             await self._dispatch(request)
@@ -558,7 +566,7 @@ class Handler(BaseHTTPRequestHandler):
             await self._fail(self.server.daemon.unforeseen(exc))
         finally:
             self._write_down(self.watch.waited)
-        self._leaving = request.poisoned
+        self._leaving, self._answered = request.poisoned, True
 
     def _client_left(self, phase: str) -> None:
         self._record.cancelled_in = phase
@@ -573,8 +581,10 @@ class Handler(BaseHTTPRequestHandler):
         daemon = self.server.daemon
         daemon.metrics.observe(self._record)
         if daemon.log:
-            work = partial(daemon.log.record, self._record)
-            self.server.loop.put_off(work) if self.task.on_loop else work()
+            if self.task.on_loop:
+                self.server.loop.put_off(partial(daemon.log.record, self._record))
+            else:
+                daemon.log.record(self._record)
 
     async def _dispatch(self, request: Request) -> None:
         self._record.client = _client(request.head)
@@ -630,7 +640,7 @@ class Handler(BaseHTTPRequestHandler):
         if found.has_client:
             try:
                 await self.respond(200, found.facts.fields(), body)
-            except OSError as exc:
+            except (ClientGone, OSError) as exc:
                 found.client_left(exc)
 
     async def get_models(self, _rest: str) -> None:
@@ -744,6 +754,8 @@ class Handler(BaseHTTPRequestHandler):
 
 _UNLOGGED = ("/health", "/metrics")
 
+_EMPTY_LINES = re.compile(rb"(?:\r\n)+")  # RFC 9112 section 2.2: before a request they are let pass
+
 
 def _is_ask(head: RequestHead) -> bool:
     return head.headers.get("x-portway-client") == "ask"
@@ -825,8 +837,12 @@ class Server(ThreadingHTTPServer):
 
     def process_request(self, request: Any, client_address: Any) -> None:
         """A new connection. Its Handler attaches itself to the loop."""
-        request.setblocking(False)
-        request.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        try:
+            request.setblocking(False)
+            request.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        except OSError:  # macOS: of a client that has reset its connection already
+            request.close()
+            return
         if len(self._open) >= self._limit and not self._evict(1):
             request.close()
             return
@@ -839,6 +855,8 @@ class Server(ThreadingHTTPServer):
     def forget(self, handler: Handler) -> None:
         """Its connection is closing."""
         self._open.discard(handler)
+        if handler.waiting:
+            self.backlog.remove(handler)
         if self._deaf:
             self._listen_again()
 

@@ -37,12 +37,12 @@ class ClientWatch:
         self._beat: Callable[[], Awaitable[None]] | None = None
         self._every = 0.0
         self._beat_at = 0.0
-        self._stopping = False
+        self.is_stopping = False  # see `stop`
         self._stays = False  # on its worker, to the end of the request
 
     def stop(self) -> None:
         """The daemon ends: the wait that sees the client's end next raises Stopping. Any thread."""
-        self._stopping = True
+        self.is_stopping = True
 
     def begin(self, every: float, beat: Callable[[], Awaitable[None]] | None) -> None:
         """A new request: call `beat` whenever the client has heard nothing for `every` seconds."""
@@ -102,7 +102,7 @@ class ClientWatch:
     def client_stirred(self, what: int) -> None:
         """Bytes are the next request, sent ahead; an end, also of one direction only, is a client that
         left: raises ClientGone, or Stopping if it was us who ended it."""
-        if self._stopping:
+        if self.is_stopping:
             raise Stopping
         if not what & POLLIN:
             raise ClientGone

@@ -6,6 +6,8 @@ import threading
 from collections.abc import Callable
 from queue import Empty, SimpleQueue
 
+from portway.errors import NoThread
+
 IDLE = 60.0  # seconds after which a thread without work ends
 
 
@@ -43,13 +45,25 @@ class Workers:
 
     def submit(self, job: Callable[[], None]) -> None:
         """Run `job` on a thread of the pool. What it raises ends its thread, with a trace on stderr, and
-        harms no other job."""
+        harms no other job. Raises NoThread where there is none, nor can be."""
         with self._lock:
             self._jobs.put(job)
             self._spare -= 1
             is_needed = self._add()
-        if is_needed:
-            self._start()
+        if is_needed and not self._start() and self._withdraw():
+            raise NoThread
+
+    def _withdraw(self) -> bool:
+        """Take back a job that no thread would ever take; whether there was one."""
+        with self._lock:
+            if self._count:
+                return False  # it waits for one of those
+            try:
+                self._jobs.get_nowait()
+            except Empty:
+                return False
+            self._spare += 1
+            return True
 
     def _add(self) -> bool:
         """Under the lock: count one thread more, if jobs wait and there may be one; whether."""
@@ -59,13 +73,15 @@ class Workers:
         self._spare += 1
         return True
 
-    def _start(self) -> None:
+    def _start(self) -> bool:
         try:
             threading.Thread(target=self._run, name=f"portway-{self._name}", daemon=True).start()
-        except RuntimeError:  # the system has no thread left: its job waits for one that we have, or may have later
+        except RuntimeError:  # the system has no thread left
             with self._lock:
                 self._count -= 1
                 self._spare -= 1
+            return False
+        return True
 
     def _run(self) -> None:
         try:

@@ -21,6 +21,7 @@ from typing import Self
 
 from portway import config, proxy
 from portway.cache.store import Cache
+from portway.loop import POLLOUT
 from portway.telemetry import Log
 from tests.doubles import RawClient
 from tests.llama_server import wait_for
@@ -108,6 +109,12 @@ class Daemon(_Running):
     def in_flight(self) -> int:
         """How many requests are under way."""
         return self._daemon._server.in_flight.count
+
+    @property
+    def writing(self) -> int:
+        """How many requests wait on the loop until somebody takes more."""
+        entries = list(self._daemon._server.loop._entries.values())
+        return sum(entry.mask == POLLOUT and entry.task is not None for entry in entries)
 
     @property
     def backlog(self) -> int:

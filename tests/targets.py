@@ -62,6 +62,11 @@ class Target(ScriptedServer):
         self._answers.insert(0, reply)
 
     @property
+    def left(self) -> int:
+        """How many replies of the script are still to be played."""
+        return len(self._answers)
+
+    @property
     def asked(self) -> list[ScriptedRequest]:
         """The requests so far that a client is behind."""
         return [each for each in self.requests if each.method == "POST" and each.path not in NOT_ASKED]

@@ -12,7 +12,7 @@ from dataclasses import replace
 from typing import Any
 
 from portway import config
-from portway.backends.openai import OpenAIBackend, StreamAnswer, _Relay, request_body, splice
+from portway.backends.openai import BATCH, OpenAIBackend, StreamAnswer, _Relay, request_body, splice
 from portway.backends.transport import Patience
 from portway.call import Answer, Call, Endpoint, Limits, Tally
 from portway.call import finish as run
@@ -299,6 +299,19 @@ class RelayTest(unittest.TestCase):
         text = ' warm "model":"tiny" "error" "usage" d\u00e9j\u00e0 \U0001f642'
         expected = Tally("length", 26, 4, len(text), len(" hm"), 1, None, 0.523)
         self.assertEqual(expected, each._tally)
+
+    def test_a_long_stream_is_counted_on_its_way(self):
+        """All of it, and never is more of it kept than what takes a millisecond to count."""
+        each = relay()
+        data = json.dumps(delta(content="x" * 10_000)).encode()
+        each.frame(data)
+        most = 0
+        for _ in range(1000):
+            self.assertIsNotNone(quick(each, data))
+            most = max(most, sum(map(len, each._kept)))
+        each.count()
+        self.assertEqual(1001 * 10_000, each._tally.content_chars)
+        self.assertLess(most, BATCH)
 
     def test_relayed_junk_is_not_counted(self):
         """What the quick way let through unread may be anything: it counts for nothing, and does no harm."""
@@ -730,7 +743,7 @@ class AnswerTest(unittest.TestCase):
         body = b"".join(b"data: %s\n\n" % json.dumps(value).encode() for value in (delta(content="a"), finish()))
         for end, done in ((b"data: [DONE]\n\n", ["settle", "close"]), (b"", ["close"])):
             reply = MadeUpReply("text/event-stream", [body, end])
-            answer = StreamAnswer(call(stream=True), MODEL, reply, Patience(FOREVER), NoClient(), [])  # type: ignore[arg-type]
+            answer = StreamAnswer(call(stream=True), MODEL, reply, Patience(FOREVER), [])  # type: ignore[arg-type]
             reading = pieces(answer)
             next(reading)
             if end:

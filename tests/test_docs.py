@@ -11,6 +11,7 @@ from portway.call import PHASES
 from portway.errors import FAILURES
 from scripts import guards
 from scripts.guard_list import GUARDS
+from scripts.torture_rows import report
 
 ROOT = Path(__file__).resolve().parent.parent
 REFERENCE = (ROOT / "docs" / "reference.md").read_text("utf-8")
@@ -118,6 +119,19 @@ class ReferenceTest(unittest.TestCase):
 
 
 class ReadmeTest(unittest.TestCase):
+    def test_the_guards_are_where_they_are_said_to_be(self):
+        """Each guard's words stand in the source once, so that scripts/guards.py can take it away."""
+        for guard in GUARDS:
+            for file, words, _ in guard.edits:
+                self.assertEqual(1, (ROOT / file).read_text("utf-8").count(words), (guard.promise, file))
+
+    def test_what_held(self):
+        """README quotes the table that scripts/torture.py wrote, whole and as it is."""
+        written = (ROOT / "docs" / "reliability.md").read_text("utf-8")
+        table = written.split("## The table\n\n")[1].split("\n\n")[0]
+        self.assertGreater(len(table.splitlines()), 3)
+        self.assertIn(f"\n\n{report.MARK}\n{table}\n\n", README)
+
     def test_the_two_commands(self):
         """README's two commands are those that CI runs."""
         self.assertIn("python3 -m portway demo", README)

@@ -6,6 +6,7 @@ import json
 import os
 import tempfile
 import threading
+import time
 import unittest
 from contextlib import ExitStack, closing
 from functools import partial
@@ -347,6 +348,20 @@ class Refused(LogCase):
                 self.assert_says(line, client=client, endpoint=endpoint, status=408, error="request_timeout")
                 self.assert_says(line, exit_code=code, model=None, cancelled_in=None, overhead_ms=None)
                 self.assertGreaterEqual(line["latency_s"], 0.2)
+
+    def test_the_time_of_a_request_begins_with_its_first_byte(self) -> None:
+        """However little was left of the connection's idle time then."""
+        server = SERVER.replace("header_timeout = 0.2", "header_timeout = 0.4\nidle_timeout = 0.3")
+        self.daemon.use(server.format(key=KEY, url=self.backend.url) + MODELS)
+        for ask_first in (False, True):
+            with self.subTest(ask_first=ask_first), self.daemon.client() as slow:
+                if ask_first:
+                    self.assertEqual(200, slow.call("GET", "/health").status)
+                slow.send(b"GET /v1/mod")
+                began = time.monotonic()
+                self.assertEqual(408, slow.response().status)
+                self.assertGreaterEqual(time.monotonic() - began, 0.4)
+                self.assertLessEqual(self.line()["latency_s"], time.monotonic() - began + 0.1)
 
     def test_what_is_no_http(self) -> None:
         """Refused with a line, though nothing is known of it; so is a body that is not what its head says."""

@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 from unittest import mock
 
 from portway import loop as loops
-from portway.errors import ClientGone
+from portway.errors import ClientGone, NoThread
 from portway.loop import POLLIN, POLLOUT, Loop, Poller, SelectorPoller, Task
 from portway.workers import Workers
 from tests.daemon import Daemon
@@ -420,6 +420,31 @@ class Moving(LoopCase):
         running.call(lambda: job.task.throw(ClientGone()))
         self.assertIs(False, job.result())
 
+    @each_poller
+    def test_without_a_thread(self, running: Running) -> None:
+        """It is told so on the loop, where it can go on, and ends like any other; also before it has waited."""
+        ours, theirs = self.pair()
+
+        def work(first: float) -> Callable[[Task], Coroutine[Any, Any, bool]]:
+            async def moves(task: Task) -> bool:
+                if first:
+                    await task.wait(None, 0, later(first))
+                try:
+                    await task.move()
+                except NoThread:
+                    return task.on_loop and await task.wait(ours, POLLIN, later())
+                return False
+
+            return moves
+
+        with mock.patch("threading.Thread.start", side_effect=RuntimeError("can't start new thread")):
+            job = running.start(work(SHORT))
+            wait_for(lambda: ("returning", True) in running.events, "its coming back")
+            theirs.send(b"x")
+            self.assertIs(True, job.result())
+            self.assertIs(True, running.start(work(0.0)).result())
+        self.assertEqual([("moving", True), ("returning", True), ("ended", True)], running.events[:3])
+
 
 class Trouble(LoopCase):
     @each_poller
@@ -443,6 +468,42 @@ class Trouble(LoopCase):
         self.assertEqual([], running.reported)
 
     @each_poller
+    def test_a_number_that_is_another_socket_s_by_then(self, running: Running) -> None:
+        """An event of a socket that was closed in this very round is not told to who has got its number since."""
+        first, first_end = self.pair()
+        second, _ = self.pair()
+        third, third_end = self.pair()
+        stirred: list[str] = []
+
+        def on_first(_events: int) -> None:
+            stirred.append("first")
+            running.loop.detach(first)
+            running.loop.detach(second)
+            os.dup2(third.fileno(), number)  # closes the second one, and takes its number
+            running.loop.attach(second, lambda _events: stirred.append("third"))
+
+        def attach() -> None:
+            running.loop.attach(first, on_first)
+            running.loop.attach(second, lambda _events: stirred.append("second"))
+
+        number = second.fileno()
+        poll = running.poller.poll
+
+        def both_at_once(timeout: float) -> list[tuple[int, int]]:
+            ready = dict(poll(timeout))
+            return [(first.fileno(), POLLIN), (number, POLLIN)] if first.fileno() in ready else list(ready.items())
+
+        running.call(attach)
+        running.call(lambda: setattr(running.poller, "poll", both_at_once))
+        first_end.send(b"x")
+        wait_for(lambda: bool(stirred), "the first one's being told")
+        self.assertIs(False, running.start(lambda task: task.wait(None, 0, later(SHORT))).result())
+        self.assertEqual(["first"], stirred)
+        third_end.send(b"x")
+        wait_for(lambda: "third" in stirred, "its own event")
+        running.call(lambda: running.loop.detach(second))
+
+    @each_poller
     def test_a_mistake(self, running: Running) -> None:
         """What raises is reported, and everything else goes on."""
         mistake = RuntimeError("a mistake")
@@ -454,6 +515,63 @@ class Trouble(LoopCase):
         wait_for(lambda: bool(running.reported), "the report")
         self.assertEqual([mistake], running.reported)
         self.assertIs(False, running.start(lambda task: task.wait(None, 0, later(SHORT))).result())
+
+    @each_poller
+    def test_a_mistake_keeps_nothing_behind_it_waiting(self, running: Running) -> None:
+        """What was posted together with it is called."""
+        busy, gate, called = threading.Event(), threading.Event(), threading.Event()
+        ours, theirs = self.pair()
+
+        def keep_busy(_events: int) -> None:
+            running.loop.detach(ours)
+            busy.set()
+            gate.wait(LONG)
+
+        def fail() -> None:
+            raise RuntimeError("a mistake")
+
+        running.call(lambda: running.loop.attach(ours, keep_busy))
+        theirs.send(b"x")
+        self.assertTrue(busy.wait(LONG))
+        running.loop.post(fail)
+        running.loop.post(called.set)
+        gate.set()
+        self.assertTrue(called.wait(LONG))
+
+    @each_poller
+    def test_a_mistake_of_a_task(self, running: Running) -> None:
+        """It has ended then, and whoever holds it knows, wherever it was made."""
+
+        async def at_once(_task: Task) -> None:
+            raise RuntimeError("a mistake")
+
+        async def after_a_wait(task: Task) -> None:
+            await task.wait(None, 0, later(SHORT))
+            raise RuntimeError("a mistake")
+
+        async def back_from_a_worker(task: Task) -> None:
+            await task.move()
+            await task.come_back()
+            raise RuntimeError("a mistake")
+
+        async def thrown(task: Task) -> None:
+            await task.wait(None, 0, later())
+
+        for number, work in enumerate((after_a_wait, back_from_a_worker), 1):
+            job = running.start(work)
+            self.assertTrue(job.is_over.wait(LONG), work.__name__)
+            self.assertEqual((False, number), (job.task.busy, len(running.reported)))
+        job = running.start(thrown)
+        running.loop.post(lambda: job.task.throw(RuntimeError("a mistake")))
+        self.assertTrue(job.is_over.wait(LONG))
+        task = Task(running.loop, moving=lambda: None, ended=lambda: None)
+
+        def start() -> None:
+            with self.assertRaises(RuntimeError):
+                task.start(at_once(task))
+
+        running.call(start)
+        self.assertEqual((False, set()), (task.busy, running.loop.tasks))
 
     @each_poller
     def test_two_whose_time_is_over_at_once(self, running: Running) -> None:

@@ -416,6 +416,46 @@ class ConnectionTest(unittest.TestCase):
             self.assertEqual("fast", other.response().json["id"])
             self.assertEqual(3, sum(request.path == "/api/chat" for request in standin.requests))
 
+    def test_a_mistake_behind_the_answer(self):
+        """It costs the connection and a trace: the request has ended, and those who wait have their turn."""
+        from portway.metrics import Metrics
+
+        # one that ends at once, one that ends on a worker, one that has waited
+        for path, body in (("/v1/models/fast", None), ("/portway/residency", None), ("/v1/chat/completions", ASK)):
+            with self.subTest(path), StandIn() as standin, Daemon(toml(standin.url, "max_requests = 1")) as daemon:
+                mistake = mock.patch.object(Metrics, "observe", side_effect=RuntimeError("a mistake"))
+                with mistake, mock.patch("threading.excepthook"), daemon.client() as client:
+                    self.assertEqual(200, client.call("POST" if body else "GET", path, body).status)
+                    self.assertTrue(client.at_end())
+                    wait_for(lambda: daemon.in_flight == 0, "its end")
+                with daemon.client() as client:
+                    self.assertEqual(200, client.call("POST", "/v1/chat/completions", ASK).status)
+
+    def test_who_left_waits_no_longer(self):
+        """Clients that leave and come again, as one with a short timeout does, leave nothing behind in the queue."""
+        with StandIn() as standin, Daemon(toml(standin.url, "max_requests = 2")) as daemon:
+            *_, leaver, last = self.full(standin, daemon, 4)
+            leaver.close()
+            wait_for(lambda: daemon.backlog == 1, "its leaving")
+            last.reset()
+            wait_for(lambda: daemon.backlog == 0, "the last one's leaving")
+            standin.release()
+
+    def test_requests_sent_ahead_wait_for_their_turn(self):
+        """A client that sends its requests ahead keeps nobody waiting but for the one under way."""
+        with StandIn() as standin, Daemon(toml(standin.url, "max_requests = 1")) as daemon:
+            standin.fail("/api/chat", "hang")
+            with daemon.client() as greedy, daemon.client() as other:
+                for number in range(10):
+                    greedy.request("POST", "/v1/chat/completions", {**ASK, "max_tokens": number + 1})
+                self.assertTrue(standin.wait_for(hangs))
+                other.request("POST", "/v1/chat/completions", {**ASK, "max_tokens": 99})
+                wait_for(lambda: daemon.backlog == 1, "the other one's waiting")
+                standin.release()
+                self.assertEqual([200] * 11, [each.response().status for each in [other] + [greedy] * 10])
+            asked = [each.json["options"]["num_predict"] for each in standin.requests if each.path == "/api/chat"]
+            self.assertEqual([1, 99, *range(2, 11)], asked)
+
     def test_more_connections_than_allowed(self):
         """Past server.max_connections the connection that has been idle longest makes room."""
         self.enterContext(mock.patch.object(proxy, "FRESH", 0.0))
@@ -600,6 +640,24 @@ class StopTest(unittest.TestCase):
             self.assertIn("2 requests were cut", daemon.log)
             lines = [json.loads(line) for line in daemon.lines()]
             self.assertEqual([("stopping", 200), ("stopping", 503)], sorted((x["error"], x["status"]) for x in lines))
+
+    def test_who_still_waits_for_an_answer(self):
+        """At the end of `drain` half a request, and one that waits for its turn, get their last word, too."""
+        import signal
+
+        server = "drain = 0.2\nmax_requests = 1"
+        with StandIn() as standin, DaemonProcess(toml(standin.url, server)) as daemon, ExitStack() as stack:
+            standin.fail("/api/chat", "hang")
+            served, queued, half = (stack.enter_context(daemon.client()) for _ in range(3))
+            half.send(b"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: 9\r\n\r\n{")
+            served.request("POST", "/v1/chat/completions", ASK)
+            self.assertTrue(standin.wait_for(hangs))
+            queued.request("POST", "/v1/chat/completions", ASK)
+            daemon.send(signal.SIGTERM)
+            self.assertEqual([503] * 3, [client.response().status for client in (served, queued, half)])
+            self.assertEqual(0, daemon.wait())
+            lines = [json.loads(line) for line in daemon.lines()]
+            self.assertEqual([("stopping", None)] * 3, [(line["error"], line["cancelled_in"]) for line in lines])
 
     def test_port_taken(self):
         """A port that is taken is a clear error, with the process that has it, and exit code 1."""

@@ -230,6 +230,30 @@ class Leaving(FlightCase):
             self.assertEqual((200, "HIT"), verdict(answer))
             self.assertEqual("".join(texts), text_of(answer))
 
+    def test_the_first_one_leaves_while_its_connection_is_full(self) -> None:
+        """However it goes, the stream goes on for those who wait for the same."""
+        for number, leave in enumerate((RawClient.half_close, RawClient.reset)):
+            gate = threading.Event()
+            texts = ["x" * 1_000_000] * 7
+            head = [stream_head(), *map(chunk, sse_body([delta(content=text) for text in texts], done=False))]
+            reply: list[Action] = [*head, gate, *map(chunk, sse_body([finish()])), LAST_CHUNK]
+            with self.subTest(leave.__name__), ExitStack() as stack:
+                target = stack.enter_context(Target(reply))
+                toml = chain(target.url, models={"first": 'cache = "1h"\n'})
+                daemon = stack.enter_context(Daemon(toml, cache=self.cache))
+                clients = [stack.enter_context(daemon.client()) for _ in range(2)]
+                clients[0].request("POST", CHAT, chat("first", stream=True, seed=number))
+                clients[0].head()
+                clients[1].request("POST", CHAT, chat("first", seed=number))
+                wait_for(lambda: daemon.sharing == 1, "the second one's waiting")  # noqa: B023
+                wait_for(lambda: daemon.writing == 1, "a full connection")  # noqa: B023
+                leave(clients[0])
+                gate.set()
+                answer = clients[1].response()
+                self.assertEqual((200, "HIT"), verdict(answer))
+                self.assertEqual("".join(texts), text_of(answer))
+                self.assertEqual(1, len(target.asked))
+
 
 class Failing(CachedCase):
     """A flight whose leader's backend fails. The backends are scripted, so that they fail when a test says so."""

@@ -279,6 +279,7 @@ class HeartbeatTest(unittest.TestCase):
         with first, Daemon(chain(first.url, rest=self.QUICK)) as daemon, daemon.client() as client:
             client.request("POST", CHAT, {**STREAM, "stream": False})
             asked(client, first)
+            wait_for(lambda: first.left == 0, "its reply's being taken")  # which is a moment after it was asked
             with daemon.client() as other:
                 self.beats_elsewhere(first, other)
             gate.set()

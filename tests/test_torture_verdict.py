@@ -304,6 +304,17 @@ class ReportTest(unittest.TestCase):
         ):
             self.assertIn(line, text)
 
+    def test_quoted(self) -> None:
+        """README gets the new summary in place of the old one, and nothing else changes."""
+        old = report.quoted(f"before\n\n{report.MARK}\n| old |\n\nafter\n", {"X": [Row("x", 5, 5)]})
+        self.assertEqual(
+            f"before\n\n{report.MARK}\n| | ways | tried | held |\n|---|---|---|---|\n| X | 1 | 5 | all |\n\nafter\n",
+            old,
+        )
+        self.assertNotIn("| X |", report.quoted(old, ROWS))
+        self.assertEqual(old, report.quoted(report.quoted(old, ROWS), {"X": [Row("x", 5, 5)]}))
+        self.assertEqual("no mark", report.quoted("no mark", ROWS))
+
     def test_command(self) -> None:
         """The last line is one JSON document; what failed is the exit code, also what could not be tried to its end."""
 

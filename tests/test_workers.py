@@ -10,6 +10,7 @@ from queue import Empty, SimpleQueue
 from typing import Any
 from unittest import mock
 
+from portway.errors import NoThread
 from portway.workers import InFlight, Workers
 
 LONG = 10.0  # seconds; nothing here takes so long
@@ -187,16 +188,15 @@ class Trouble(WorkersCase):
         self.assertEqual((1, 0), (workers.count, workers.waiting))
 
     def test_a_system_without_a_thread_left(self):
-        """The job waits for a thread that there is, or for the next submit; nobody else notices."""
+        """Where there is none at all, the job is refused, and forgotten; else it waits for one that there is."""
         workers = Workers(3, "test", idle=LONG)
         no_thread = mock.patch("threading.Thread.start", side_effect=RuntimeError("can't start new thread"))
         ran = threading.Semaphore(0)
-        with no_thread:
-            workers.submit(ran.release)
-        self.assertEqual((0, 1), (workers.count, workers.waiting))
+        with no_thread, self.assertRaises(NoThread):
+            workers.submit(lambda: self.fail("it was refused"))
+        self.assertEqual((0, 0), (workers.count, workers.waiting))
         workers.submit(ran.release)
-        for _ in range(2):
-            self.assertTrue(ran.acquire(timeout=LONG))
+        self.assertTrue(ran.acquire(timeout=LONG))
         self.busy(workers, 1)
         with no_thread:
             workers.submit(ran.release)

@@ -34,8 +34,7 @@ PATHS: Mapping[str, str] = {
 }
 LOADING_PAUSE = 0.25  # seconds between two questions to a server that says "Loading model"; it offers no event
 LOADING_AGAIN = 10.0  # seconds after which a client may ask again for a model that is still being loaded
-LONG = 131_072  # bytes of relayed chunks whose counting, a millisecond, must not keep others waiting
-MAX_KEPT = 4 * 1024 * 1024  # bytes of relayed chunks kept for counting after the end
+BATCH = 65_536  # bytes of relayed chunks that are counted at once: less than a millisecond, and never more are kept
 
 
 class OpenAIBackend:
@@ -59,7 +58,7 @@ class OpenAIBackend:
             if reply.head.status == 200:
                 watch.phase = "prompt"
                 if call.stream:
-                    return StreamAnswer(call, target, reply, patience, watch, warnings)
+                    return StreamAnswer(call, target, reply, patience, warnings)
                 return WholeAnswer(call, target, reply, warnings)
             error = await error_of(reply, target.model, target.backend)
             if error.reason != "loading_timeout":
@@ -224,9 +223,7 @@ class WholeAnswer:
 class StreamAnswer:
     """An Answer (call.py) of an OpenAI server as a stream."""
 
-    def __init__(
-        self, call: Call, target: Model, reply: Reply, patience: Patience, watch: Watch, warnings: list[str]
-    ) -> None:
+    def __init__(self, call: Call, target: Model, reply: Reply, patience: Patience, warnings: list[str]) -> None:
         self.tally = Tally()
         self.warnings = warnings
         self._target = target
@@ -234,7 +231,6 @@ class StreamAnswer:
         self._patience = patience
         self._relay = _Relay(call, target, self.tally)
         self._reader = SSEReader()
-        self._watch = watch
         self._tail = b""  # what came behind the last whole event, not yet looked at
         self._begun = False  # a piece has been given
         self._error: BackendError | None = None  # comes behind what has been given
@@ -264,8 +260,6 @@ class StreamAnswer:
         if self._relay.ended:
             await self._reply.settle()
         self._reply.close()
-        if self._relay.unread > LONG:
-            await self._watch.on_thread()
         self._relay.count()
 
     async def _first(self) -> bytes:
@@ -387,9 +381,10 @@ class _Relay:
             return None
         if not (data.isascii() or _is_utf8(data)):
             return None
-        if self._kept_bytes < MAX_KEPT:
-            self._kept.append(data)
-            self._kept_bytes += len(data)
+        self._kept.append(data)
+        self._kept_bytes += len(data)
+        if self._kept_bytes >= BATCH:
+            self.count()
         return data.replace(self._old_model, self._new_model)
 
     def frame(self, data: bytes) -> bytes:
@@ -424,14 +419,9 @@ class _Relay:
         self.ended = True
         return frames + DONE
 
-    @property
-    def unread(self) -> int:
-        """Bytes that were relayed unread and are still to be counted."""
-        return self._kept_bytes
-
     def count(self) -> None:
         """Add what the chunks hold that `block` relayed unread."""
-        kept, self._kept = self._kept, []
+        kept, self._kept, self._kept_bytes = self._kept, [], 0
         try:
             self._count_all(b"".join(kept))  # at once: most of what it costs does not depend on how much it is
         except WireError:

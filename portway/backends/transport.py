@@ -18,7 +18,7 @@ from collections import deque
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from portway.errors import BackendError, ClientGone, Stopping
+from portway.errors import BackendError, ClientGone, NoThread, Stopping
 from portway.loop import POLLIN, POLLOUT
 from portway.watch import NoClient
 from portway.wire.http1 import MAX_HEAD, BadMessage, ChunkedDecoder, Heads, ResponseHead, parse_response
@@ -156,7 +156,10 @@ class Reply:
             except BackendError:
                 pass  # the connection is not kept, that is all
             except (ClientGone, Stopping):
-                await self._watch.on_thread()
+                try:
+                    await self._watch.on_thread()
+                except NoThread:
+                    return  # nor then
                 self._watch = NoClient()
                 continue
             return
@@ -431,10 +434,11 @@ class _Connection:
     async def _is_reset(self, watch: Watch) -> bool:
         """Whether a reset follows, or soon follows, the end that was just read: the server had closed
         before our request reached it."""
-        await watch.on_thread()
+        await _on_thread(watch)
         poller = select.poll()
         poller.register(self._sock, 0)  # Linux reports errors unasked; elsewhere this only waits
         poller.poll(RESET_MS)
+        await watch.on_loop()
         return self._sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR) != 0
 
     async def _rest_of_head(self, data: bytes, watch: Watch, patience: Patience) -> bytes:
@@ -467,6 +471,14 @@ class _Connection:
             # 100 Continue and 103 Early Hints: the real head follows
             data = await self._rest_of_head(data, watch, patience)
             end = data.find(b"\r\n\r\n")
+
+
+async def _on_thread(watch: Watch) -> None:
+    """For what takes some milliseconds: without a thread the others wait so long."""
+    try:
+        await watch.on_thread()
+    except NoThread:
+        return
 
 
 def _in_time(patience: Patience) -> float:
@@ -555,8 +567,9 @@ class _Dialer:
 
         try:
             if self._tls is None:
-                await watch.on_thread()  # the system's certificates are read from files
+                await _on_thread(watch)  # the system's certificates are read from files
                 self._tls = ssl.create_default_context()
+                await watch.on_loop()
             secure = self._tls.wrap_socket(sock, server_hostname=self._backend.host, do_handshake_on_connect=False)
         except OSError as exc:
             raise self._failed(exc) from exc

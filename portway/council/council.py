@@ -47,7 +47,7 @@ from portway.council.prompts import (
     without_images,
     without_thinking,
 )
-from portway.errors import BackendError, ClientError, ClientGone, PortwayError
+from portway.errors import BackendError, ClientError, ClientGone, NoThread, PortwayError
 from portway.panels import Council
 from portway.wire.events import loads
 
@@ -267,7 +267,10 @@ class Meeting:
         self._striker.setblocking(False)
         for number, lane in enumerate(self._lanes, 1):
             thread = threading.Thread(target=self._run, args=(lane,), name=f"portway-member-{number}", daemon=True)
-            thread.start()
+            try:
+                thread.start()
+            except RuntimeError as exc:
+                raise NoThread from exc
             self._threads.append(thread)
 
     def wait(self, watch: Watch, until: float) -> None:

@@ -21,7 +21,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Self
 
 from portway.call import finish
-from portway.errors import BackendError, ClientError
+from portway.errors import BackendError, ClientError, NoThread
 from portway.memory import footprint, refusals
 from portway.memory import machine as memory
 from portway.memory.arbiter import (
@@ -328,7 +328,10 @@ class Residency:
         with self._lock:
             taken = self._ledger.take(wish, now)
         if not taken:
-            await watch.on_thread()
+            try:
+                await watch.on_thread()
+            except NoThread as exc:
+                raise BackendError("no_room", "no thread is left to wait for a place", retry_after=1.0) from exc
             wish = self._arrange(seat, watch, until, others)
             place = Place(self, wish)
             try:

@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from scripts.torture_rows import Row, World, crash, load, machine, matrix, report, soak
+from scripts.torture_rows import ROOT, Row, World, crash, load, machine, matrix, report, soak
 
 ATTACKS = "scripts.torture_rows.attacks"
 
@@ -130,6 +130,9 @@ def main(argv: Sequence[str]) -> int:
     about = {**report.about(), "seconds": round(time.monotonic() - started)}
     if options.write:
         options.write.write_text(report.markdown(found, about, argv), encoding="utf-8")
+        if options.write.resolve() == report.PAGE:
+            readme = ROOT / "README.md"
+            readme.write_text(report.quoted(readme.read_text(encoding="utf-8"), found), encoding="utf-8")
     document = report.document(found, about)
     print(json.dumps(document))
     return 0 if document["held"] else 1
@@ -139,7 +142,7 @@ def _all_of(name: str, make: Rows, effort: Effort) -> Iterator[Row]:
     """Its rows. What could not even be tried to its end, is one that does not hold."""
     try:
         yield from make(effort)
-    except (AssertionError, OSError, RuntimeError) as exc:
+    except Exception as exc:  # noqa: BLE001 - whatever it was: the other rows are still to be tried
         yield Row(_title(name), 1, 0, f"{type(exc).__name__}: {exc}")
 
 
@@ -153,7 +156,9 @@ def _read(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument(
         "--soak", type=_seconds, metavar="SECONDS", help="how long the soak lasts (180; 3600 is an hour)"
     )
-    parser.add_argument("--write", type=Path, metavar="FILE", help="write the table there, as docs/reliability.md is")
+    parser.add_argument(
+        "--write", type=Path, metavar="FILE", help="write the table there; docs/reliability.md is quoted in README"
+    )
     return parser.parse_args(argv)
 
 

@@ -70,17 +70,18 @@ class Load:
         while not self._stop.is_set():
             number += 1
             who = f"{name}-{number}"
-            kind, stream = chance.choice(("ollama", "openai")), chance.random() < 0.5
+            model, stream = chance.choice(MODELS), chance.random() < 0.5
             text = f"again {chance.randrange(20)}" if chance.random() < 0.3 else who
             try:
                 client = client if client is not None and client.is_open else Client(self._port)
-                reply = client.chat(kind, text, stream=stream, headers={WHO: who})
+                reply = client.chat(model, text, stream=stream, headers={WHO: who})
             except (Broken, OSError) as exc:
                 if self._mortal:
                     break
                 self._note(who, f"{type(exc).__name__}: {exc}")
                 continue
-            right = reply.status == 200 and reply.text == "".join(pieces("first", text)) and not reply.errors
+            due = "".join(pieces("first", text)) + (LARGE if model == "large" else "")
+            right = reply.status == 200 and reply.text == due and not reply.errors
             self._note(who, "" if right else f"{reply.status} {reply.body[:200]!r}")
         if client is not None:
             client.close()
@@ -92,6 +93,8 @@ class Load:
             self.wrong += [f"{who}: {wrong}"] if wrong else []
 
 
+MODELS = ("ollama", "openai", "large")
+LARGE = dice("large").randbytes(30_000).hex()  # takes the cache many pages: a kill comes between two of them
 CONFIG = """
 [memory]
 enabled = false
@@ -111,6 +114,10 @@ cache = "1h"
 backend = "openai"
 model = "openai"
 cache = "1h"
+[models.large]
+backend = "ollama"
+model = "large"
+cache = "1h"
 [models.slow-ollama]
 backend = "ollama"
 model = "slow"
@@ -128,7 +135,13 @@ def scene(more: str = "") -> Iterator[tuple[Saboteur, PortwayProcess]]:
         Saboteur("first") as first,
         PortwayProcess(Path(folder), CONFIG.format(url=first.url) + more) as portway,
     ):
+        first.fail("large", _largely)
         yield first, portway
+
+
+def _largely(say: Speech) -> list[bytes]:
+    say.texts.append(LARGE)
+    return [say.whole()]
 
 
 # --- kill -9 ----------------------------------------------------------------------------------------
@@ -142,6 +155,8 @@ def fault_kill_9(times: int = 50) -> Row:
         for number in range(times):
             with Load(portway.port, number, mortal=True) as load:
                 time.sleep(dice(number).uniform(*LIFE))
+                if number % 2:
+                    _await_a_write(portway)
                 portway.kill()
                 killed = time.monotonic()
             complaints = load.wrong + _database_after(portway) + _log_after(portway, load, killed)
@@ -157,6 +172,18 @@ def fault_kill_9(times: int = 50) -> Row:
     return tries.row(
         "kill -9 under load", f"started again in {statistics.median(starts):.2f} s, {max(starts):.2f} s at most{slow}"
     )
+
+
+def _await_a_write(portway: PortwayProcess) -> None:
+    """Until the cache's files are being written, for a moment at most: the kill comes in the middle of it."""
+    files = [portway.cache_file, portway.cache_file.with_name(f"{portway.cache_file.name}-wal")]
+
+    def stamps() -> list[int]:
+        return [file.stat().st_mtime_ns if file.exists() else 0 for file in files]
+
+    before, until = stamps(), time.monotonic() + LIFE[1]
+    while stamps() == before and time.monotonic() < until:
+        pass
 
 
 def _database_after(portway: PortwayProcess) -> list[str]:

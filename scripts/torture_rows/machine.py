@@ -11,7 +11,6 @@ import sqlite3
 import subprocess
 import tempfile
 import threading
-import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, contextmanager
@@ -28,8 +27,9 @@ from scripts.torture_rows.stage import NOWHERE, Cell, Stage
 from scripts.torture_rows.verdict import Expected, judge, judge_lines, read_attempts
 
 PLACES = 64
+HALF_A_LINE = 300  # bytes
 RECOVERY = 90.0  # seconds; log and cache try a file that refused again after 30 at the latest
-OUR_CODES = ("stopping", "internal")
+OUR_CODES = ("stopping", "no_thread", "internal")
 
 
 Play = Callable[[], Row]
@@ -144,13 +144,23 @@ def is_clear_error(reply: Reply) -> bool:
 
 @contextmanager
 def ground(rest: str = "", *, limits: Sequence[str] = (), program: Sequence[str] = PROGRAM) -> Iterator[Ground]:
-    """A Ground with a daemon of its own. rest: more of its configuration."""
+    """A Ground with a daemon of its own. rest: more of its configuration, where {first} is its backend's address."""
     chosen = [cell for cell in cells(("early-hints", "500")) if (cell.fault == "500") == cell.chain]
     with tempfile.TemporaryDirectory(prefix="portway-torture-") as name, Stage(chosen, Path(name), PLACES) as stage:
-        toml = "\n".join([stage.toml(NO_HEARTBEAT), MORE, rest])
+        toml = "\n".join([stage.toml(NO_HEARTBEAT), MORE, rest.replace("{first}", stage.first.url)])
         with PortwayProcess(Path(name), toml, limits=limits, program=program) as portway:
             yield Ground(stage, portway, chosen)
 
+
+ONE_PLACE = """
+[backends.one]
+kind = "openai"
+url = "{first}"
+max_parallel = 1
+[models.one-place]
+backend = "one"
+model = "one-place"
+"""
 
 # what fails here fails by plan, and is no reason to skip it; and there is a model behind a name
 MORE = f"""
@@ -170,27 +180,35 @@ model = "x"
 
 def fault_disk_full() -> Row:
     """Log and cache lie on a disk that becomes full, and later has room again."""
+    tries = Tries()
     with tempfile.TemporaryDirectory(prefix="portway-torture-disk-") as disk:
         rest = f'[log]\nfile = "{disk}/log.jsonl"\n[cache]\nfile = "{disk}/cache.sqlite3"\n'
         with ground(rest, limits=_on_a_small_disk(disk)) as here:
             inside = Path(f"/proc/{here.portway.pid}/root{disk}")
             here.portway.log_file, here.portway.cache_file = inside / "log.jsonl", inside / "cache.sqlite3"
             filler = inside / "filler"
-            return _without_room(here, lambda: _fill(filler), filler.unlink).row("the disk is full")
+            _without_room(here, tries, lambda: _fill(filler), filler.unlink)
+    return tries.row("the disk is full")
 
 
 def fault_no_file_may_grow() -> Row:
-    """The same by a limit of the process, which its stderr's file is under as well."""
+    """The same by a limit of the process: none for stderr's file either, then one inside the log's next line."""
+    tries = Tries()
     with ground() as here:
         pid = here.portway.pid
         unlimited = _limit(pid, "RLIMIT_FSIZE")
-        return _without_room(
-            here, lambda: _limit(pid, "RLIMIT_FSIZE", 0), lambda: _limit(pid, "RLIMIT_FSIZE", unlimited)
-        ).row("no file may grow, stderr's neither")
+
+        def grow(most: int) -> None:
+            _limit(pid, "RLIMIT_FSIZE", most)
+
+        _without_room(here, tries, lambda: grow(0), lambda: grow(unlimited))
+        size = here.portway.log_file.stat().st_size
+        _without_room(here, tries, lambda: grow(size + HALF_A_LINE), lambda: grow(unlimited))
+    return tries.row("no file may grow, stderr's neither")
 
 
-def _without_room(here: Ground, fill: Callable[[], object], clear: Callable[[], object]) -> Tries:
-    tries, portway = Tries(), here.portway
+def _without_room(here: Ground, tries: Tries, fill: Callable[[], object], clear: Callable[[], object]) -> None:
+    portway = here.portway
     here.ask(tries)
     fill()
     for _ in range(20):
@@ -205,7 +223,6 @@ def _without_room(here: Ground, fill: Callable[[], object], clear: Callable[[], 
     here.check_log(tries)
     tries.check("no line is lost", portway.health()["log"]["dropped"] == 0, portway.health())
     here.check_cache(tries)
-    return tries
 
 
 def _problems(portway: PortwayProcess) -> list[str | None]:
@@ -243,9 +260,8 @@ def _fill(path: Path) -> None:
 # --- no descriptors, no threads ---------------------------------------------------------------------
 
 FEW = (2, 4, 8)  # descriptors beyond those of an idle daemon
+AT_ONCE = 3  # requests at a backend with one place
 IDLE = 20  # connections that only hold one
-STACK = 256 * 1024**2  # bytes of address space that a thread takes, so that their number can be limited by it
-KEPT_STACKS = 2  # of ended threads that the C library may have kept for new ones
 
 
 def fault_no_descriptors() -> Row:
@@ -272,40 +288,87 @@ def fault_no_descriptors() -> Row:
 
 
 def fault_no_threads() -> Row:
-    """No thread can be started, neither for requests nor for a reload, a look at the backends, a name."""
+    """No thread can be started, for requests that would need one, for a reload, a look at the backends, a name."""
     tries = Tries()
-    with ground(limits=["sh", "-c", f'ulimit -Ss {STACK // 1024} && exec "$@"', "sh"]) as here:
-        portway = here.portway
-        here.ask(tries)
-        before, threads = _limit(portway.pid, "RLIMIT_AS"), _steady_threads(portway)
-        _limit(portway.pid, "RLIMIT_AS", _address_space(portway.pid) + STACK // 4)
-        for _ in range(3):
+    with tempfile.TemporaryDirectory(prefix="portway-torture-threads-") as folder:
+        flag = Path(folder) / "none"
+        program = [*PROGRAM[:-1], "-c", THREADLESS, str(flag), PROGRAM[-1]]
+        with ground(ONE_PLACE, program=program) as here:
+            portway = here.portway
+            flag.touch()  # there is none for requests yet: what needs one is told so
+            here.ask(tries, strictly=False)
+            _ask_for_one_place(here, tries)
+            _what_needs_a_thread(portway, tries)
+            flag.unlink()
             here.ask(tries)
-        tries.check("GET /v1/models", portway.call("GET", "/v1/models").status == 200, portway.said)
-        unknown = portway.chat("unknown-name")
-        tries.check("a name", unknown.status == 502, unknown)
-        reload(portway)
-        here.ask(tries)
-        more = (portway.counts().threads or 0) - threads
-        tries.check("there was none", more <= KEPT_STACKS, f"{more} threads more than {threads}")
-        _limit(portway.pid, "RLIMIT_AS", before)
-        here.ask(tries)
-        here.check_log(tries)
-        tries.check("nothing unforeseen", "unforeseen" not in portway.said, portway.said)
+            flag.touch()  # now there are some, and who needs one waits for them
+            here.ask(tries)
+            _ask_for_one_place(here, tries)
+            reload(portway)
+            here.ask(tries)
+            flag.unlink()
+            here.ask(tries)
+            for path in ("/metrics", "/portway/residency"):
+                tries.check(f"{path} later", portway.call("GET", path).status == 200, path)
+            here.check_log(tries)
+            tries.check("nothing unforeseen", "unforeseen" not in portway.said, portway.said)
     return tries.row("no threads")
 
 
-def _steady_threads(portway: PortwayProcess) -> int:
-    """How many threads it has, once none ends by itself: one that did would make room for another."""
-    seen = [0, 1]
+THREADLESS = """
+import os, runpy, sys, threading
+flag, program, *sys.argv[1:] = sys.argv[1:]
+start = threading.Thread.start
 
-    def is_steady() -> bool:
-        time.sleep(0.3)
-        seen.append(portway.counts().threads or 0)
-        return seen[-1] == seen[-2]
+def refuse(thread):
+    if os.path.exists(flag):
+        raise RuntimeError("can't start new thread")
+    start(thread)
 
-    wait_for(is_steady, lambda: str(seen))
-    return seen[-1]
+threading.Thread.start = refuse
+runpy.run_path(program, run_name="__main__")
+"""
+
+
+def _ask_for_one_place(here: Ground, tries: Tries) -> None:
+    """Several at once at a backend that takes one: who has to wait may need a thread for it."""
+    first, seen = here.stage.first, []
+    first.fail("one-place", lambda say: [Step.HANG, say.whole()])
+
+    def one(number: int) -> None:
+        reply = here.portway.chat("one-place", f"at once {number}")
+        seen.append((reply.status, reply.json))
+
+    def is_decided() -> bool:
+        waiting = int(here.portway.health()["memory"]["waiting"])
+        return len(seen) + waiting + first.hanging >= AT_ONCE
+
+    with ThreadPoolExecutor(AT_ONCE) as pool:
+        asked = [pool.submit(one, number) for number in range(AT_ONCE)]
+        wait_for(is_decided, lambda: str(seen))
+        first.heal("one-place")
+        first.release()
+        for each in asked:
+            each.result()
+    for status, said in seen:
+        clear = status == 503 and said["error"]["code"] in ("no_room", "no_thread")
+        tries.check("one place", status == 200 or clear, said)
+
+
+def _what_needs_a_thread(portway: PortwayProcess, tries: Tries) -> None:
+    """A right answer, or one clear error."""
+    unknown = portway.chat("unknown-name")
+    tries.check("a name", unknown.status == 502, unknown)
+    for method, path, body in (
+        ("GET", "/v1/models", None),
+        ("GET", "/metrics", None),
+        ("GET", "/portway/residency", None),
+        ("POST", "/portway/load", {"model": "one-place"}),
+        ("POST", "/v1/chat/completions", chat_body("one-place", "long " * 100_000)),
+    ):
+        answer = portway.call(method, path, body)
+        clear = answer.status < 500 or answer.json["error"]["code"] in ("no_thread", "no_room")
+        tries.check(f"{method} {path}", clear, answer)
 
 
 def _limit(pid: int, name: str, value: int | None = None) -> int:
@@ -319,15 +382,10 @@ def _limit(pid: int, name: str, value: int | None = None) -> int:
     return soft
 
 
-def _address_space(pid: int) -> int:
-    """Bytes."""
-    pages = int(Path(f"/proc/{pid}/statm").read_text(encoding="ascii").split()[0])
-    return pages * resource.getpagesize()
-
-
 # --- the clock --------------------------------------------------------------------------------------
 
 DAY = 86_400.0
+HOUR = 3600  # seconds for which answers are kept here
 JUMPS = (DAY, -2 * DAY, 40 * DAY, -10 * 365 * DAY, 0.5, -0.5, 0.0)  # seconds by which the clock is off
 JUMPY = """
 import runpy, sys, time
@@ -375,6 +433,13 @@ def _jump(here: Ground, tries: Tries, offset: Path, jump: float) -> None:
         tries.check(f"in flight at {jump:+g} s", reply.is_done and not reply.errors, reply)
     here.ask(tries)
     here.check_cache(tries)
+    with Client(
+        portway.port
+    ) as client:  # a question that was asked before the jumps: its answer may be from the future
+        reply = client.chat(here.cells[0].name, "from before")
+        age = reply.headers.get("age", "0")
+        right = reply.status == 200 and reply.text == "".join(pieces("first", "from before"))
+        tries.check(f"a kept answer at {jump:+g} s", right and age.isdecimal() and int(age) <= HOUR, (age, reply))
     health = portway.health()
     tries.check(f"/health at {jump:+g} s", 0 <= health["uptime_s"] < RECOVERY and not health["cooling"], health)
 
@@ -385,7 +450,8 @@ def _check_times(here: Ground, tries: Tries) -> None:
     tries.check("the clock did jump", len(years) > 1, years)
     for line in here.portway.lines():
         times = [line[key] for key in ("latency_s", "ttft_s", "queue_s", "load_s") if line[key] is not None]
-        tries.check(f"times of {line['client']}", all(0 <= value < RECOVERY for value in times), line)
+        right = all(0 <= value < RECOVERY for value in times) and line["latency_s"] > 0
+        tries.check(f"times of {line['client']}", right, line)
 
 
 FAULTS = (

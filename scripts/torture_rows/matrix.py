@@ -25,9 +25,10 @@ from scripts.torture_rows.faults import FAULTS, RIGHT, Consequence, contract
 from scripts.torture_rows.saboteur import Saboteur, Step
 from scripts.torture_rows.speech import KINDS, Order, Speech, pieces
 from scripts.torture_rows.stage import SPARE, Cell, Stage, has_certificates, limits
-from scripts.torture_rows.verdict import EARLY, SLACK, Expected, judge, judge_lines
+from scripts.torture_rows.verdict import EARLY, LATE, SLACK, Expected, judge, judge_lines
 
 AT_ONCE = 16  # cells under way
+ENOUGH = 2 * AT_ONCE  # requests without an answer, after which no more are made: each takes the client's patience
 PLACES = AT_ONCE + 4  # of each backend that several cells share
 NO_HEARTBEAT = 3600.0  # seconds
 HEARTBEAT = 0.3
@@ -157,7 +158,7 @@ class Oracle:
         seconds = times[limit]
         if self._reason == "answer_timeout":
             seconds = times["total"] / (2 if self._cell.chain else 1)
-        return seconds - EARLY, seconds + SLACK
+        return seconds - EARLY, seconds + LATE
 
 
 # --- running them -----------------------------------------------------------------------------------
@@ -172,6 +173,7 @@ class Matrix:
         self.left: list[str] = []  # what it held on to that it should have let go
         self._heartbeat = heartbeat
         self._expected: dict[str, Expected] = {}  # by client
+        self._unanswered = 0  # requests
 
     def run(self) -> list[Row]:
         """All of them, some at a time. A row for each fault, and one for what was left behind."""
@@ -204,6 +206,8 @@ class Matrix:
     def _cell(self, cell: Cell, stage: Stage, portway: PortwayProcess, table: Mapping[str, Consequence]) -> list[str]:
         """What is wrong with a cell's answers."""
         wrong: list[str] = []
+        if self._unanswered > ENOUGH:
+            return [f"not tried, as {self._unanswered} requests had been left without an answer"]
         if not cell.stream:
             stage.saw(cell)
         with ExitStack() as connection:
@@ -223,6 +227,7 @@ class Matrix:
         try:
             return judge(client.chat(cell.name, cell.name, stream=cell.stream, headers={WHO: who}), expected)
         except (Broken, OSError) as exc:
+            self._unanswered += 1
             client.close()
             return [f"{type(exc).__name__}: {exc}"]
 

@@ -11,6 +11,9 @@ from typing import Any
 
 from scripts.torture_rows import ROOT, Row
 
+PAGE = ROOT / "docs" / "reliability.md"
+MARK = "<!-- made by scripts/torture.py --write docs/reliability.md -->"
+
 INTRODUCTION = """\
 # Reliability
 
@@ -94,6 +97,12 @@ def markdown(found: Mapping[str, Sequence[Row]], about: Mapping[str, Any], words
     parts.append("Where and when:\n\n| | |\n|---|---|")
     parts[-1] += "".join(f"\n| {name} | {value} |" for name, value in about.items())
     return "\n".join([*parts, LIMITS])
+
+
+def quoted(readme: str, found: Mapping[str, Sequence[Row]]) -> str:
+    """README with this run's summary behind MARK, in place of the one that stood there."""
+    before, mark, after = readme.partition(MARK)
+    return "\n".join([before + mark, *summary(found), after[after.index("\n\n") + 1 :]]) if mark else readme
 
 
 def summary(found: Mapping[str, Sequence[Row]]) -> list[str]:

@@ -146,6 +146,12 @@ class Saboteur:
         with self._changed:
             return len(self._connections)
 
+    @property
+    def hanging(self) -> int:
+        """How many requests hang."""
+        with self._changed:
+            return self._hanging
+
     def wait_hanging(self, count: int, timeout: float) -> bool:
         """Wait until so many requests hang at the same time; whether they do."""
         with self._changed:

@@ -24,7 +24,7 @@ from scripts.torture_rows.speech import Speech, pieces, response
 CLIENTS = 6
 EVERY = 1.0  # seconds between two samples
 WARM_UP = 0.3  # of the time
-LEAST = 20.0  # seconds below which a slope means nothing
+LEAST = 10.0  # seconds below which a slope means nothing
 PAUSE = 0.005  # seconds between two requests of a client: a busy daemon, not a saturated one, whose p99 is a queue's
 
 # what may be gained over the whole time that is looked at; a leak of a descriptor or a thread a thousand requests is

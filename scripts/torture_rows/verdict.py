@@ -13,8 +13,9 @@ from typing import Any
 from scripts.torture_rows.client import Reply
 from scripts.torture_rows.speech import COMPLETION_TOKENS, FILLING, PROMPT_TOKENS
 
-SLACK = 10.0  # seconds that a busy machine may take longer than the limit
-EARLY = 0.05  # the part of a limit by which a clock may be off
+SLACK = 10.0  # seconds that an answer may take of which nothing is to be waited for: the machine may be busy
+LATE = 5.0  # seconds by which a limit may be overrun, likewise
+EARLY = 0.05  # seconds by which it may be undercut
 
 
 @dataclass(frozen=True, slots=True)
