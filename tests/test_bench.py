@@ -11,7 +11,7 @@ from contextlib import redirect_stdout
 from typing import ClassVar
 from unittest import mock
 
-from scripts.benchmark import command, native
+from scripts.benchmark import command, native, peers, report
 from scripts.benchmark.measure import Goal, Measurement, compare
 from scripts.benchmark.native import Ask, Load, Shape
 from scripts.benchmark.scenarios import QUICKLY, SCENARIOS, Effort
@@ -95,7 +95,9 @@ class NativeTest(unittest.TestCase):
     def test_document(self):
         """The whole command: a table, and one JSON document as the last line."""
         said = io.StringIO()
-        words = [f"--only={name}" for name in ("demotion", "cache", "entries", "models", "log", "ask", "process")]
+        words = [
+            f"--only={name}" for name in ("demotion", "cache", "entries", "models", "log", "ask", "process", "pinned")
+        ]
         with mock.patch.object(command, "Effort", lambda: TINY), redirect_stdout(said):
             self.assertEqual(0, command.main(words), said.getvalue())
         document = json.loads(said.getvalue().splitlines()[-1])
@@ -138,6 +140,48 @@ class GoalTest(unittest.TestCase):
         self.assertFalse(measurement.meets(Goal("portway.rate", 81, at_least=True)))
         self.assertTrue(measurement.meets(Goal("notes.rss_mb", 26)))
         self.assertIsNone(measurement.meets(Goal("portway.cpu_us", 1)))
+
+    def test_who_held_things_up(self):
+        """Load generator and upstream at their busiest, and how far they were ahead of Portway at the least."""
+        figures = {"direct": {"rate": 100.0}, "portway": {"rate": 20.0, "load_busy": 0.25, "upstream_busy": 0.5}}
+        slower = {"direct": {"rate": 60.0}, "portway": {"rate": 20.0, "load_busy": 0.125, "upstream_busy": 0.1}}
+        against_itself = {"direct": {"rate": 21.0, "cpu_us": 1.0}, "portway": {"rate": 20.0}}
+        about: dict[str, object] = {}
+        runs = (("a", figures), ("b", slower), ("c", against_itself))
+        report.finish(about, [Measurement(name, "whole", each) for name, each in runs], 1.0)
+        self.assertEqual("25% of a processor, in: a", about["load generator at its busiest"])
+        self.assertEqual("50% of a processor, in: a", about["upstream at its busiest"])
+        self.assertEqual("at least 3.0 times as many answers, in: b", about["without Portway between"])
+
+    def test_what_is_known_of_a_python(self):
+        """A build that says nothing may be optimized all the same."""
+        said = {"CONFIG_ARGS": "'--enable-shared'", "PGO_PROF_USE_FLAG": "-fprofile-use", "CFLAGS": "-O2", "N": 1}
+        for more, words in (
+            ({}, ", built with optimizations unknown"),
+            ({"CONFIG_ARGS": "'--enable-optimizations'"}, ", built with profile-guided optimization"),
+            ({"PY_CORE_CFLAGS": "-O3 -fprofile-use"}, ", built with profile-guided optimization"),
+            ({"Py_GIL_DISABLED": 1}, ", free-threaded, built with optimizations unknown"),
+        ):
+            variables = {**said, **more}
+            with (
+                mock.patch("sysconfig.get_config_vars", return_value=variables),
+                mock.patch("sysconfig.get_config_var", variables.get),
+            ):
+                self.assertEqual(words, report._build())
+
+    def test_against_litellm(self):
+        """Rate, added time and memory, each by its own measure; nothing where it did not answer."""
+        figures = {"direct": {"p50_us": 50.0, "rate": 1000.0}, "portway": {"p50_us": 100.0, "rate": 800.0}}
+        figures["LiteLLM"] = {"p50_us": 5050.0, "rate": 8.0, "answers": 5.0}
+        measurement = Measurement("", "whole", figures, notes={"portway_rss_mb": 25.0, "LiteLLM_rss_mb": 330.0})
+        peers._against_litellm(measurement)
+        found = [measurement.value(goal.key) for goal in measurement.goals]
+        self.assertEqual([100.0, 100.0, 13.2], found)
+        self.assertTrue(all(measurement.meets(goal) for goal in measurement.goals))
+        del figures["LiteLLM"]["answers"]
+        without = Measurement("", "whole", figures)
+        peers._against_litellm(without)
+        self.assertEqual(((), {}), (without.goals, without.notes))
 
     def test_names(self):
         """The quick ones are some of all."""

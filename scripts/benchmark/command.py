@@ -39,7 +39,9 @@ def main(argv: Sequence[str]) -> int:
             except (LoadFailed, RuntimeError) as exc:
                 failures.append(f"{name}: {exc}")
                 print(f"FAILED {failures[-1]}", flush=True)
-    report.finish(about, time.monotonic() - started)
+    report.finish(about, measurements, time.monotonic() - started)
+    for name in list(about)[-5:]:
+        print(f"{name}: {about[name]}")
     if asked.write:
         asked.write.write_text(report.markdown(measurements, about, argv), encoding="utf-8")
     print(json.dumps({**report.document(measurements, about), "failures": failures}))

@@ -5,8 +5,8 @@
  * REQUESTS is a file of whole requests, each behind a line with its size, sent in turn; "################" in one
  * is replaced by a number that no other request has. Each connection sends its next request when the answer is in,
  * until SECONDS are over or COUNT answers are in (0: no such limit); FRESH 1: each on a new connection. RAMP_MS:
- * the time over which the connections begin. Prints one JSON object: answers, errors, seconds, and quantiles in us
- * of the answers' times, of the time to the first stamp (see upstream.c) and of each stamp's age when it came in.
+ * the time over which the connections begin. Prints one JSON object: answers, errors, seconds, its own processor time
+ * (cpu), and quantiles in us of the answers' times, of the time to the first stamp (see upstream.c) and of each stamp's age when it came in.
  */
 #define _GNU_SOURCE
 #include <errno.h>
@@ -332,9 +332,13 @@ int main(int argc, char **argv) {
         all[i].starts = start + (uint64_t)(ramp * 1e6 * i / count);
     }
     run(all, count, stop_at + (uint64_t)(GRACE * 1e9));
-    printf("{\"answers\": %llu, \"errors\": %llu, \"unfinished\": %d, \"opened\": %llu, \"stamps\": %llu, \"seconds\": %.6f",
+    double seconds = (double)(now_ns() - start) / 1e9;
+    struct timespec cpu;
+    clock_gettime(CLOCK_PROCESS_CPUTIME_ID, &cpu);
+    printf("{\"answers\": %llu, \"errors\": %llu, \"unfinished\": %d, \"opened\": %llu, \"stamps\": %llu, \"seconds\": %.6f, "
+           "\"cpu\": %.6f",
            (unsigned long long)answers, (unsigned long long)errors, active, (unsigned long long)opened,
-           (unsigned long long)stamps, (double)(now_ns() - start) / 1e9);
+           (unsigned long long)stamps, seconds, (double)cpu.tv_sec + (double)cpu.tv_nsec / 1e9);
     print_quantiles("whole", &whole);
     print_quantiles("first", &first);
     print_quantiles("ages", &ages);

@@ -106,12 +106,20 @@ def warm_up(shape: Shape) -> Shape:
 
 
 def _ask_once(world: World, target: Target, ask: Ask, shape: Shape) -> dict[str, Any]:
-    before = cpu_seconds(target.cpu_of) if target.cpu_of else None
+    pids = (target.cpu_of or 0, world.upstream_pid)
+    before = [cpu_seconds(pid) for pid in pids]
     result = Load(world.tools, world.folder, target, ask, shape).result()
-    after = cpu_seconds(target.cpu_of) if target.cpu_of else None
-    if before is not None and after is not None and result["answers"]:
-        result["cpu_us"] = (after - before) * 1e6 / result["answers"]
+    used = [_difference_of(cpu_seconds(pid), was) for pid, was in zip(pids, before, strict=True)]
+    result["load_busy"] = result["cpu"] / result["seconds"]
+    if used[1] is not None:
+        result["upstream_busy"] = used[1] / result["seconds"]
+    if used[0] is not None and target.cpu_of and result["answers"]:
+        result["cpu_us"] = used[0] * 1e6 / result["answers"]
     return result
+
+
+def _difference_of(now: float | None, was: float | None) -> float | None:
+    return None if now is None or was is None else now - was
 
 
 def summary(results: Sequence[Mapping[str, Any]], what: str) -> dict[str, float]:
@@ -126,8 +134,9 @@ def summary(results: Sequence[Mapping[str, Any]], what: str) -> dict[str, float]
         figures["max_us"] = max(each["max"] for each in timed)
     counted = "stamps" if what == "ages" else "answers"
     figures["rate"] = statistics.median(result[counted] / result["seconds"] for result in results)
-    if all("cpu_us" in result for result in results):
-        figures["cpu_us"] = statistics.median(result["cpu_us"] for result in results)
+    for name in ("cpu_us", "load_busy", "upstream_busy"):
+        if all(name in result for result in results):
+            figures[name] = statistics.median(result[name] for result in results)
     return {name: round(value, 2) for name, value in figures.items()}
 
 

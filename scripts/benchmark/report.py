@@ -113,6 +113,7 @@ def about(tools: Tools) -> dict[str, Any]:
         "date": time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime()),
         "commit": _commit(),
         "python": f"{platform.python_implementation()} {platform.python_version()}{_build()}",
+        "its speed": _speed(),
         "system": f"{platform.system()} {platform.release()}",
         "processor": _processor(),
         "processors": os.cpu_count(),
@@ -122,15 +123,47 @@ def about(tools: Tools) -> dict[str, Any]:
 
 
 def _build() -> str:
-    """A Python without profile-guided optimization is a fifth slower: pyenv builds them so by default."""
-    asked = str(sysconfig.get_config_var("CONFIG_ARGS"))
-    return ", built with optimizations" if "--enable-optimizations" in asked else ", BUILT WITHOUT OPTIMIZATIONS"
+    """What is known of it: one without profile-guided optimization is a fifth slower. Builds say so by what they were
+    configured with, or by a compiler's flag; some that are (Debian's) keep neither, so that silence means nothing."""
+    said = [str(value) for name, value in sysconfig.get_config_vars().items() if name != "PGO_PROF_USE_FLAG"]
+    guided = any("--enable-optimizations" in text or "-fprofile-use" in text for text in said)
+    threads = ", free-threaded" if sysconfig.get_config_var("Py_GIL_DISABLED") else ""
+    return f"{threads}, built {'with profile-guided optimization' if guided else 'with optimizations unknown'}"
 
 
-def finish(about: dict[str, Any], seconds: float) -> None:
-    """What is only known at the end."""
+def _speed() -> str:
+    """How fast the interpreter is by itself, whatever its build: a fixed piece of work, the best of ten."""
+    times = []
+    for _ in range(10):
+        started = time.perf_counter()
+        total = 0
+        for number in range(200_000):
+            total += number & 7
+        times.append(time.perf_counter() - started)
+    return f"{min(times) * 1000:.1f} ms for a loop of 200,000 rounds"
+
+
+def finish(about: dict[str, Any], measurements: Sequence[Measurement], seconds: float) -> None:
+    """What is only known at the end: among it, whether those who measure were ever what held things up."""
+    for role, name in (("load_busy", "load generator"), ("upstream_busy", "upstream")):
+        shares = [(figures[role], each.name) for each, figures in _through_portway(measurements) if role in figures]
+        if shares:
+            share, where = max(shares)
+            about[f"{name} at its busiest"] = f"{share:.0%} of a processor, in: {where}"
+    ratios = [
+        (direct["rate"] / figures["rate"], each.name)
+        for each, figures in _through_portway(measurements)
+        if (direct := each.figures.get("direct")) and "cpu_us" not in direct  # else it is a Portway, too
+        if each.what == "whole" and figures["rate"]
+    ]
+    if ratios:
+        about["without Portway between"] = "at least {:.1f} times as many answers, in: {}".format(*min(ratios))
     about["load average at the end"] = f"{_load_average()} (the benchmark's own load included)"
     about["seconds"] = round(seconds)
+
+
+def _through_portway(measurements: Sequence[Measurement]) -> Iterable[tuple[Measurement, dict[str, float]]]:
+    return [(each, each.figures["portway"]) for each in measurements if "portway" in each.figures]
 
 
 def _warning() -> str:

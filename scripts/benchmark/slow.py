@@ -234,6 +234,7 @@ async def load(words: Sequence[str]) -> dict[str, Any]:
         "opened": run.opened,
         "stamps": len(run.ages),
         "seconds": time.monotonic() - started,
+        "cpu": time.process_time(),
         "whole": _quantiles(run.whole),
         "first": _quantiles(run.first),
         "ages": _quantiles(run.ages),

@@ -33,6 +33,17 @@ TOOLS = "tools-0-1"
 FAILING = "fail-0-1"
 
 
+# Portway that counts nothing: the metrics have no switch, as nobody needs one.
+UNMEASURED = """\
+import sys
+sys.path.insert(0, {root!r})
+from portway.metrics import Metrics
+Metrics.observe = lambda self, record: None
+from portway.cli import main
+sys.exit(main())
+"""
+
+
 class Process:
     """A process of ours, ended with the block."""
 
@@ -93,14 +104,24 @@ class Process:
 class Portway(Process):
     """`portway serve`, isolated as a service would run it. extra: more of its configuration."""
 
-    def __init__(self, folder: Path, upstream: int, name: str = "portway", extra: str = "", models: int = 0) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        upstream: int,
+        name: str = "portway",
+        extra: str = "",
+        models: int = 0,
+        metrics: bool = True,
+    ) -> None:
         home = folder / name
         home.mkdir(exist_ok=True)
         file = home / "models.toml"
         file.write_text(configuration(upstream, extra, models), encoding="utf-8")
         self.port = free_port()
+        self.start_s = 0.0  # seconds until it accepted connections
         self.started = time.perf_counter()
-        command = [sys.executable, "-I", "-S", str(ROOT / "portway"), "serve", "--config", str(file)]
+        program = [str(ROOT / "portway")] if metrics else ["-c", UNMEASURED.format(root=str(ROOT))]
+        command = [sys.executable, "-I", "-S", *program, "serve", "--config", str(file)]
         super().__init__([*command, "--port", str(self.port)], home, name)
 
     def wait_until_up(self) -> float:
@@ -115,6 +136,11 @@ class Portway(Process):
             else:
                 return time.perf_counter() - self.started
         raise RuntimeError(f"{self.name} does not listen:\n{self.log.read_text()[-2000:]}")
+
+    def keep_on_one_processor(self) -> None:
+        """Each of its threads on the last one there is; Linux alone can."""
+        for thread in Path(f"/proc/{self.pid}/task").iterdir():
+            os.sched_setaffinity(int(thread.name), {max(os.sched_getaffinity(0))})
 
     def target(self, model: str, *headers: str) -> Target:
         """One of `configuration`'s models."""
@@ -146,11 +172,12 @@ class World:
         self.folder = Path(self._stack.enter_context(tempfile.TemporaryDirectory(prefix="portway-bench-")))
         self.tools: Tools = build(self.folder)
         self.upstream = 0
+        self.upstream_pid = 0
 
     def __enter__(self) -> Self:
         try:
             server = self._stack.enter_context(Process(self.tools.upstream, self.folder, "upstream"))
-            self.upstream = int(server.wait_for(r"^(\d+)\n"))
+            self.upstream, self.upstream_pid = int(server.wait_for(r"^(\d+)\n")), server.pid
             self.portway = self.start()
         except BaseException:
             self._stack.close()
@@ -160,10 +187,10 @@ class World:
     def __exit__(self, *_: object) -> None:
         self._stack.close()
 
-    def start(self, name: str = "portway", extra: str = "", models: int = 0) -> Portway:
+    def start(self, name: str = "portway", extra: str = "", models: int = 0, *, metrics: bool = True) -> Portway:
         """One more Portway, which ends with this world if nobody ends it before."""
-        daemon = self._stack.enter_context(Portway(self.folder, self.upstream, name, extra, models))
-        daemon.wait_until_up()
+        daemon = self._stack.enter_context(Portway(self.folder, self.upstream, name, extra, models, metrics))
+        daemon.start_s = daemon.wait_until_up()
         return daemon
 
     def direct(self, model: str, *, ollama: bool = False) -> Target:
