@@ -1021,8 +1021,8 @@ class Daemon:
 
     def refuse(self, problem: str) -> None:
         """A new configuration is invalid: the old one stays, and /health says why."""
-        self._problem = problem
         self._say(f"the configuration was not reloaded; the old one stays in force. {problem}")
+        self._problem = problem
 
     def health(self) -> dict[str, Any]:
         """GET /health: what is known; nobody is asked."""
