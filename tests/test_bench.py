@@ -147,7 +147,8 @@ class GoalTest(unittest.TestCase):
         slower = {"direct": {"rate": 60.0}, "portway": {"rate": 20.0, "load_busy": 0.125, "upstream_busy": 0.1}}
         against_itself = {"direct": {"rate": 21.0, "cpu_us": 1.0}, "portway": {"rate": 20.0}}
         about: dict[str, object] = {}
-        runs = (("a", figures), ("b", slower), ("c", against_itself))
+        hit = {"direct": {"rate": 10.0}, "portway": {"rate": 20.0}}  # asks nobody
+        runs = (("a", figures), ("b", slower), ("c", against_itself), ("cache hit", hit))
         report.finish(about, [Measurement(name, "whole", each) for name, each in runs], 1.0)
         self.assertEqual("25% of a processor, in: a", about["load generator at its busiest"])
         self.assertEqual("50% of a processor, in: a", about["upstream at its busiest"])

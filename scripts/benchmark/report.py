@@ -154,7 +154,7 @@ def finish(about: dict[str, Any], measurements: Sequence[Measurement], seconds: 
         (direct["rate"] / figures["rate"], each.name)
         for each, figures in _through_portway(measurements)
         if (direct := each.figures.get("direct")) and "cpu_us" not in direct  # else it is a Portway, too
-        if each.what == "whole" and figures["rate"]
+        if each.what == "whole" and figures["rate"] and not each.name.startswith("cache hit")  # which ask nobody
     ]
     if ratios:
         about["without Portway between"] = "at least {:.1f} times as many answers, in: {}".format(*min(ratios))
