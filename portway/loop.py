@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 POLLIN: Final = 1  # as select.POLLIN and select.EPOLLIN on every system
 POLLOUT: Final = 4
 HANGUP: Final = getattr(select, "POLLRDHUP", 0)  # an end that is seen without reading; Linux alone has it
+MAX_PUT_OFF = 32  # things put off; who only asks for stored answers gives no moment of rest
 REST = 0.001  # seconds without a task or an event after which what was put off is done
 _NEVER = float("inf")
 _MOVE = object()  # what a coroutine yields to be moved to a thread, or back; else it yields None
@@ -295,7 +296,7 @@ class Loop:
         now = time.monotonic()
         if now >= self._next:
             self._expire(now)
-        if self._put_off and (self.tasks or not ready):
+        if self._put_off and (self.tasks or not ready or len(self._put_off) >= MAX_PUT_OFF):
             self._catch_up()
 
     def _catch_up(self) -> None:
@@ -305,7 +306,8 @@ class Loop:
 
     def put_off(self, what: Callable[[], None]) -> None:
         """Have it called while the tasks that there are wait for others, or else after a moment of rest: what must
-        be done, but not before an answer or the next request. When `run` has ended it is called at once."""
+        be done, but not before an answer or the next request. When `run` has ended it is called at once, and where
+        many have been put off it is called all the same."""
         if self._stopped.is_set():
             what()
         else:

@@ -843,6 +843,25 @@ class PuttingOff(LoopCase):
         running.call(running.loop._put_off.clear)
 
     @each_poller
+    def test_without_a_moment_of_rest(self, running: Running) -> None:
+        """When one event follows the other and none waits, so many are put off and no more."""
+        ours, theirs = self.pair()
+        told: list[int] = []
+        most: list[int] = []
+
+        def stirred(_events: int) -> None:  # never read, so that each round has an event
+            if len(most) < 500:
+                running.loop.put_off(lambda: told.append(1))
+                most.append(len(running.loop._put_off))
+            else:
+                running.loop.detach(ours)
+
+        running.call(lambda: running.loop.attach(ours, stirred))
+        theirs.send(b"x")
+        wait_for(lambda: len(told) == 500, "all that was put off")
+        self.assertEqual(loops.MAX_PUT_OFF, max(most))
+
+    @each_poller
     def test_a_mistake_costs_no_other(self, running: Running) -> None:
         """It is reported, and the next one is called all the same."""
         told: list[int] = []
