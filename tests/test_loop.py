@@ -577,6 +577,7 @@ class Trouble(LoopCase):
     def test_two_whose_time_is_over_at_once(self, running: Running) -> None:
         """One that ends the other's wait meanwhile does not have it woken twice."""
         until = later(SHORT)
+        jobs: list[Job] = []
 
         async def work(task: Task) -> bool:
             ready = await task.wait(None, 0, until)
@@ -585,7 +586,7 @@ class Trouble(LoopCase):
                     other.task.throw(ClientGone())
             return ready
 
-        jobs = running.call(lambda: [Job(running, work) for _ in range(2)])
+        running.call(lambda: jobs.extend(Job(running, work) for _ in range(2)))
         results = [job.result() for job in jobs]
         self.assertEqual({False, True}, {isinstance(result, ClientGone) for result in results})
         self.assertEqual([], running.reported)
