@@ -13,8 +13,10 @@ are no longer in the source.
 from __future__ import annotations
 
 import argparse
+import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -29,6 +31,7 @@ from scripts.guard_list import GUARDS, Guard  # noqa: E402 - the clone's own
 
 COPIED = ("portway", "tests", "scripts", "config", "docs", "launchd", "examples", "pyproject.toml", "README.md")
 PATIENCE = 180.0  # seconds for one guard's tests
+END = 15.0  # seconds they have to end what they started, once that is over
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -110,12 +113,33 @@ def _replace(path: Path, words: str, others: str) -> None:
 def _failures(tests: Iterable[str], copy: Path) -> list[str]:
     """The tests that fail in the copy; one that does not even end counts."""
     command = [sys.executable, "-B", "-m", "unittest", *tests]
+    with (
+        tempfile.TemporaryFile("w+", encoding="utf-8") as said,
+        subprocess.Popen(command, cwd=copy, stdout=said, stderr=said, start_new_session=True) as tested,
+    ):
+        try:
+            code = tested.wait(PATIENCE)
+        except subprocess.TimeoutExpired:
+            return ["no end"]
+        finally:
+            _end(tested)
+        said.seek(0)
+        words = said.read()
+    failed = re.findall(r"^(?:FAIL|ERROR): (\w+)", words, re.MULTILINE)
+    return list(dict.fromkeys(failed)) or ([] if code == 0 else [words[-300:]])
+
+
+def _end(tested: subprocess.Popen[bytes]) -> None:
+    """With the processes that its tests have started: by themselves if they can, else all of its session's group."""
     try:
-        done = subprocess.run(command, cwd=copy, capture_output=True, text=True, timeout=PATIENCE, check=False)
+        tested.send_signal(signal.SIGINT)
+        tested.wait(END)
     except subprocess.TimeoutExpired:
-        return ["no end"]
-    failed = re.findall(r"^(?:FAIL|ERROR): (\w+)", done.stderr, re.MULTILINE)
-    return list(dict.fromkeys(failed)) or ([] if done.returncode == 0 else [done.stderr[-300:]])
+        pass
+    try:
+        os.killpg(tested.pid, signal.SIGKILL)
+    except ProcessLookupError:
+        pass  # none is left
 
 
 if __name__ == "__main__":
