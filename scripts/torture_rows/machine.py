@@ -160,6 +160,10 @@ max_parallel = 1
 [models.one-place]
 backend = "one"
 model = "one-place"
+[models.council]
+kind = "council"
+members = ["one-place", "one-place"]
+chairman = "one-place"
 """
 
 # what fails here fails by plan, and is no reason to skip it; and there is a model behind a name
@@ -304,10 +308,13 @@ def fault_no_threads() -> Row:
             flag.touch()  # now there are some, and who needs one waits for them
             here.ask(tries)
             _ask_for_one_place(here, tries)
+            answer = portway.chat("council", "together")
+            tries.check("a council", answer.json.get("error", {}).get("code") == "no_thread", answer)
             reload(portway)
             here.ask(tries)
             flag.unlink()
             here.ask(tries)
+            tries.check("a council later", portway.chat("council", "together").status == 200, portway.said)
             for path in ("/metrics", "/portway/residency"):
                 tries.check(f"{path} later", portway.call("GET", path).status == 200, path)
             here.check_log(tries)

@@ -32,7 +32,7 @@ ENOUGH = 2 * AT_ONCE  # requests without an answer, after which no more are made
 PLACES = AT_ONCE + 4  # of each backend that several cells share
 NO_HEARTBEAT = 3600.0  # seconds
 HEARTBEAT = 0.3
-SETTLED = 60.0  # seconds that threads and descriptors have to go
+SETTLED = 30.0  # seconds that threads and descriptors have to go
 WHO = "X-Portway-Client"
 
 
@@ -311,8 +311,8 @@ def reload(portway: PortwayProcess) -> None:
 
 
 class Held(NamedTuple):
-    """What a daemon holds, and what its backends hold of it. descriptors: all but the cache's own, a few of which
-    it opens for as many look-ups at once."""
+    """What a daemon holds. descriptors: all but the cache's own, a few of which it opens for as many look-ups at
+    once. threads: a worker stays for a minute, so that there may be AT_ONCE more; one left by each cell is far more."""
 
     threads: int
     descriptors: int
@@ -331,8 +331,8 @@ def _holds_no_more(portway: PortwayProcess, before: Held, stage: Stage) -> None:
     reload(portway)
 
     def is_settled() -> bool:
-        now = _held(portway)
-        return all(map(int.__le__, now, before)) and not stage.first.connections and not stage.spare.connections
+        now, most = _held(portway), before._replace(threads=before.threads + AT_ONCE)
+        return all(map(int.__le__, now, most)) and not stage.first.connections and not stage.spare.connections
 
     def what_is_left() -> str:
         return f"held {before}, now {_held(portway)}; connections of backends: {stage.first.connections}"
