@@ -1,9 +1,9 @@
 #!/usr/bin/env python3
-"""Take each guard away, one at a time and in a copy, and see which test notices.
+"""Take each guard away, one at a time and in a copy, and see which test notices; likewise what makes Portway recover.
 
-    guards.py                 all of them; some minutes
+    guards.py                 all of them; some twenty minutes
     guards.py SSRF keys       those whose line has one of these words
-    guards.py --table         the table that SECURITY.md quotes; nothing is run
+    guards.py --table         the table that SECURITY.md quotes; nothing is run. docs/reliability.md has the recoveries'
 
 A guard is a few words of the source that are replaced by others that let the attack through. It holds if the tests that
 stand beside it pass as the source is, and fail without it. Exit code: 0 each was noticed; 1 one was not, or its words
@@ -28,6 +28,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))  # from wherever one stands
 
 from scripts.guard_list import GUARDS, Guard  # noqa: E402 - the clone's own
+from scripts.recovery_list import RECOVERIES  # noqa: E402
 
 COPIED = ("portway", "tests", "scripts", "config", "docs", "launchd", "examples", "pyproject.toml", "README.md")
 PATIENCE = 180.0  # seconds for one guard's tests
@@ -43,20 +44,25 @@ def main(argv: Sequence[str] | None = None) -> int:
     if options.table:
         print("\n".join(table()))
         return 0
-    chosen = [guard for guard in GUARDS if not options.words or any(word in _line(guard) for word in options.words)]
+    chosen = [
+        guard
+        for guard in (*GUARDS, *RECOVERIES)
+        if not options.words or any(word in _line(guard) for word in options.words)
+    ]
     with tempfile.TemporaryDirectory(prefix="portway-guards-") as folder:
         copy = Path(folder) / "portway"
         _copy(copy)
-        held = [_judge(guard, copy) for guard in chosen]
+        before: dict[tuple[str, ...], list[str]] = {}
+        held = [_judge(guard, copy, before) for guard in chosen]
     print(f"{sum(held)} of {len(chosen)} guards: a test fails without them")
     return 0 if all(held) else 1
 
 
-def table() -> Iterator[str]:
+def table(guards: Iterable[Guard] = GUARDS, what: str = "guard") -> Iterator[str]:
     """The guards as Markdown: what is promised, and the test that fails without it."""
-    yield "| guard | in | fails without it |"
+    yield f"| {what} | in | fails without it |"
     yield "|---|---|---|"
-    for guard in GUARDS:
+    for guard in guards:
         files = ", ".join(dict.fromkeys(f"`{file.removeprefix('portway/')}`" for file, _, _ in guard.edits))
         tests = ", ".join(f"`{test.removeprefix('tests.')}`" for test in guard.tests)
         yield f"| {guard.promise} | {files} | {tests} |"
@@ -76,14 +82,16 @@ def _copy(to: Path) -> None:
             shutil.copy(source, to / name)
 
 
-def _judge(guard: Guard, copy: Path) -> bool:
-    """Whether its tests pass with it and one fails without it; says so."""
+def _judge(guard: Guard, copy: Path, seen: dict[tuple[str, ...], list[str]]) -> bool:
+    """Whether its tests pass with it and one fails without it; says so. seen: what failed as the source is."""
     started = time.monotonic()
     missing = [file for file, words, _ in guard.edits if (ROOT / file).read_text("utf-8").count(words) != 1]
     if missing:
         print(f"STALE     {guard.promise}: its words are not once in {', '.join(missing)}", flush=True)
         return False
-    before = _failures(guard.tests, copy)
+    if guard.tests not in seen:
+        seen[guard.tests] = _failures(guard.tests, copy)
+    before = seen[guard.tests]
     _forget_compiled(copy)
     try:
         for file, words, others in guard.edits:

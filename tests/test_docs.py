@@ -11,6 +11,7 @@ from portway.call import PHASES
 from portway.errors import FAILURES
 from scripts import guards
 from scripts.guard_list import GUARDS
+from scripts.recovery_list import RECOVERIES
 from scripts.torture_rows import report
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -121,7 +122,7 @@ class ReferenceTest(unittest.TestCase):
 class ReadmeTest(unittest.TestCase):
     def test_the_guards_are_where_they_are_said_to_be(self):
         """Each guard's words stand in the source once, so that scripts/guards.py can take it away."""
-        for guard in GUARDS:
+        for guard in (*GUARDS, *RECOVERIES):
             for file, words, _ in guard.edits:
                 self.assertEqual(1, (ROOT / file).read_text("utf-8").count(words), (guard.promise, file))
 
@@ -157,6 +158,12 @@ class ReadmeTest(unittest.TestCase):
 
 
 class SecurityTest(unittest.TestCase):
+    def test_every_recovery(self):
+        """docs/reliability.md has the table of what makes Portway recover, each once."""
+        said = (ROOT / "docs" / "reliability.md").read_text("utf-8")
+        self.assertIn("\n".join(guards.table(RECOVERIES, "promise")), said)
+        self.assertEqual(len(RECOVERIES), len({each.promise for each in RECOVERIES}))
+
     def test_every_guard(self):
         """SECURITY.md has the table that scripts/guards.py makes: each guard once, with the tests that notice."""
         said = (ROOT / "SECURITY.md").read_text("utf-8")
@@ -165,7 +172,7 @@ class SecurityTest(unittest.TestCase):
 
     def test_every_test(self):
         """Each test that is named is there."""
-        for guard in GUARDS:
+        for guard in (*GUARDS, *RECOVERIES):
             for name in guard.tests:
                 module, *path = name.removeprefix("tests.").split(".")
                 text = (ROOT / "tests" / f"{module}.py").read_text("utf-8")

@@ -9,6 +9,8 @@ import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from scripts.guards import table
+from scripts.recovery_list import RECOVERIES
 from scripts.torture_rows import ROOT, Row
 
 PAGE = ROOT / "docs" / "reliability.md"
@@ -26,8 +28,7 @@ python3 scripts/torture.py {words}
 It needs Python and nothing else, uses loopback alone, starts a Portway of its own for everything it does, and ends by
 itself. `--quick` takes about two minutes, `--only NAME` a part, `--soak 3600` soaks for an hour. What can't be tried on
 a machine (a full disk needs Linux with user namespaces, real model servers have to be there) is said to be not tried.
-The tests run the same code with fewer tries; each guard and each way of recovering was once taken out, to see its
-test fail.
+The tests run the same code with fewer tries.
 
 ## What is asserted
 
@@ -46,6 +47,13 @@ needs a restart.
 **Load.** Requests run over chains whose backends are killed and started again at random; each answer is compared word
 by word with what that backend says to that question. `kill -9` and SIGTERM come while requests are in flight. The soak
 lays a straight line through what the daemon holds (least squares), the first third left out.
+"""
+
+RECOVERING = """
+## What holds it up
+
+Each line was taken away in a copy of the source, and the test beside it failed: `python3 scripts/guards.py` does so
+again for all of them, and for the guards in [SECURITY.md](../SECURITY.md).
 """
 
 LIMITS = """
@@ -96,7 +104,8 @@ def markdown(found: Mapping[str, Sequence[Row]], about: Mapping[str, Any], words
         parts.append("\n".join([f"### {title}\n", "| what | tried | held | |", "|---|---|---|---|", *lines, ""]))
     parts.append("Where and when:\n\n| | |\n|---|---|")
     parts[-1] += "".join(f"\n| {name} | {value} |" for name, value in about.items())
-    return "\n".join([*parts, LIMITS])
+    parts += [RECOVERING, *table(RECOVERIES, "promise"), LIMITS]
+    return "\n".join(parts)
 
 
 def quoted(readme: str, found: Mapping[str, Sequence[Row]]) -> str:
