@@ -12,7 +12,7 @@ from dataclasses import replace
 from typing import Any
 
 from portway import config
-from portway.backends.openai import BATCH, OpenAIBackend, StreamAnswer, _Relay, request_body, splice
+from portway.backends.openai import BATCH, LARGE, OpenAIBackend, StreamAnswer, _Relay, only_model, request_body, splice
 from portway.backends.transport import Patience
 from portway.call import Answer, Call, Endpoint, Limits, Tally
 from portway.call import finish as run
@@ -68,6 +68,10 @@ def sent(asked: Call, **model: Any) -> bytes:
     return request_body(asked, replace(MODEL, **model))[0]
 
 
+def _spliced(raw: bytes, **additions: Any) -> bytes:
+    return splice(raw, only_model(raw), json.loads(raw), "new", additions)
+
+
 class SpliceTest(unittest.TestCase):
     """The request is the client's own bytes but for the model's name."""
 
@@ -91,7 +95,28 @@ class SpliceTest(unittest.TestCase):
         for shape, (key, value) in itertools.product(shapes, members):
             raw = shape.replace(b"@", key + value)
             with self.subTest(raw=raw):
-                self.assertEqual(shape.replace(b"@", key + b'"new"'), splice(raw, json.loads(raw), "new", {}))
+                self.assertEqual(shape.replace(b"@", key + b'"new"'), _spliced(raw))
+
+    def test_the_first_member(self):
+        """A request whose model stands first is not searched, and not another byte changes, whatever follows."""
+        shapes = [
+            b'{"model":"@","metadata":{"model":"keep", "mod\\u0065l" : 1}}',
+            b'\xef\xbb\xbf \r\n{\t"model" : "@" , "messages":[]}',
+            b'{"model":"@"}',
+            b'{"model":"@","messages":"' + b" \\\\ \\u0065" * LARGE + b'"}',
+        ]
+        for shape in shapes:
+            raw = shape.replace(b"@", b'f\\"a\\\\')
+            with self.subTest(raw=raw[:80]):
+                first = raw.index(b"{")
+                asked = replace(call("completions"), raw=raw, body=json.loads(raw[first:]))
+                self.assertEqual(shape.replace(b"@", b"physical")[first:], sent(asked))
+
+    def test_a_member_that_looks_like_the_first(self):
+        """Only the model's own member is taken for it."""
+        for raw in (b'{"model":5,"x":{"model":"y"}}', b'{"x":{"model":"y"},"model":"z"}'):
+            asked = replace(call("completions"), raw=raw, body=json.loads(raw))
+            self.assertEqual({**asked.body, "model": "physical"}, json.loads(sent(asked)))
 
     def test_rewritten(self):
         """Where the bytes could mean something else the whole body is written anew, and means the same."""
@@ -109,7 +134,7 @@ class SpliceTest(unittest.TestCase):
         ]
         for raw in shapes:
             with self.subTest(raw=raw):
-                got = json.loads(splice(raw, json.loads(raw), "new", {"more": 1}), object_pairs_hook=list)
+                got = json.loads(_spliced(raw, more=1), object_pairs_hook=list)
                 plain = dict(json.loads(raw, object_pairs_hook=list))
                 self.assertEqual({**plain, "more": 1, "model": "new"}, dict(got))
                 self.assertEqual(len(dict(got)), len(got))
@@ -118,9 +143,9 @@ class SpliceTest(unittest.TestCase):
         """What is added stands first, so that nothing need be known of what follows."""
         self.assertEqual(
             b'{"a":"\xc3\xa9","b":[1],"model":"n\\"w"}',
-            splice(b'{"model":"x"}', {"model": "x"}, 'n"w', {"a": "\u00e9", "b": [1]}),
+            splice(b'{"model":"x"}', only_model(b'{"model":"x"}'), {"model": "x"}, 'n"w', {"a": "\u00e9", "b": [1]}),
         )
-        self.assertEqual(b'{"model":"new"}', splice(b'\xef\xbb\xbf{"model":"x"}', {"model": "x"}, "new", {}))
+        self.assertEqual(b'{"model":"new"}', _spliced(b'\xef\xbb\xbf{"model":"x"}'))
 
     def test_random(self):
         """Any object comes out as it was, with the new model."""
@@ -130,7 +155,7 @@ class SpliceTest(unittest.TestCase):
             items = list(body.items())
             dice.shuffle(items)
             raw = json.dumps(dict(items), ensure_ascii=dice.random() < 0.5, indent=dice.choice([None, 1])).encode()
-            got = splice(raw, json.loads(raw), "new", {"added": 1})
+            got = _spliced(raw, added=1)
             self.assertEqual({**body, "added": 1, "model": "new"}, json.loads(got), raw)
 
 

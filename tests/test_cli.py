@@ -305,3 +305,14 @@ class ProcessTest(unittest.TestCase):
         heavy = {"argparse", "asyncio", "email", "http.client", "http.server", "json", "logging", "pathlib"}
         heavy |= {"selectors", "socket", "ssl", "subprocess", "threading", "urllib.request"}
         self.assertEqual(set(), heavy & set(done.stderr.split()))
+
+    def test_serve_is_light(self) -> None:
+        """The daemon starts without what http.server would bring and it seldom needs; who needs it finds it."""
+        code = (
+            "import sys; from portway import cli\n"
+            "cli.main(['serve', '--config', '/nowhere.toml'])\n"
+            "print(*(name for name in ('ssl', 'bz2', 'lzma') if name in sys.modules), 'http.server' in sys.modules)\n"
+            "import ssl, bz2, lzma"
+        )
+        done = subprocess.run([sys.executable, "-S", "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+        self.assertEqual("True", done.stdout.strip())

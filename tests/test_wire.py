@@ -86,6 +86,14 @@ class Objects(unittest.TestCase):
                     message = self.refused(b'{"a":' + opened * depth + middle + closed * depth + b"}")
                     self.assertIn("nested too deeply", message)
 
+    def test_both_kinds_of_nesting_count(self):
+        """Half of the levels lists, half objects: as deep as either alone."""
+        pairs = MAX_DEPTH // 2
+        deepest = b'{"a":' * pairs + b"[" * (MAX_DEPTH - pairs) + b"]" * (MAX_DEPTH - pairs) + b"}" * pairs
+        self.assertEqual(1, len(loads_object(deepest)))
+        self.assertIn("nested too deeply", self.refused(deepest.replace(b"[]", b"[[]]")))
+        self.assertIn("nested too deeply", self.refused(deepest.replace(b"[]", b'[{"b":[]}]')))
+
     def test_many_containers_are_not_deep(self):
         """Width is no depth: a long history of messages passes."""
         body = {"messages": [{"content": [{"text": str(i)}]} for i in range(1000)]}

@@ -490,6 +490,12 @@ def _in_time(patience: Patience) -> float:
     return until
 
 
+def _verifying() -> ssl.SSLContext:
+    import ssl  # seldom needed: local servers speak plain HTTP
+
+    return ssl.create_default_context()
+
+
 def _wanted(exc: OSError, usual: int) -> int:
     """What a socket must wait for before the call can be made again, 0 if it has failed. A TLS socket
     may want the other direction than the call's own."""
@@ -563,12 +569,10 @@ class _Dialer:
 
     async def _secure(self, sock: socket.socket, watch: Watch, until: float) -> socket.socket:
         """TLS over `sock`, verified against the system's certificates or SSL_CERT_FILE's."""
-        import ssl  # 15 ms to import, and local servers speak plain HTTP
-
         try:
             if self._tls is None:
-                await _on_thread(watch)  # the system's certificates are read from files
-                self._tls = ssl.create_default_context()
+                await _on_thread(watch)  # the module takes 15 ms, and the system's certificates are read from files
+                self._tls = _verifying()
                 await watch.on_loop()
             secure = self._tls.wrap_socket(sock, server_hostname=self._backend.host, do_handshake_on_connect=False)
         except OSError as exc:

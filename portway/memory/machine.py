@@ -10,7 +10,6 @@ from __future__ import annotations
 import glob
 import os
 import re
-import subprocess
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -106,6 +105,8 @@ def _text(path: str) -> str:
 
 def _output(command: Sequence[str]) -> str:
     """What a program prints; "" if there is none, or it does not answer."""
+    import subprocess  # macOS alone has to ask a program
+
     try:
         done = subprocess.run(command, capture_output=True, timeout=ASK, check=False, stdin=subprocess.DEVNULL)  # noqa: S603
     except (OSError, subprocess.TimeoutExpired):

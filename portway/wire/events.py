@@ -79,7 +79,7 @@ def loads_object(data: bytes) -> dict[str, Any]:
         raise ClientError(f"The request body is not valid JSON: {problem}.") from None
     if not isinstance(value, dict):
         raise ClientError("The request body must be a JSON object ({...}).")
-    if data.count(b"[") + data.count(b"{") > MAX_DEPTH and _deeper_than(value, MAX_DEPTH):
+    if _may_be_deep(data) and _deeper_than(value, MAX_DEPTH):
         raise _too_deep()
     return value
 
@@ -99,6 +99,22 @@ def _decoded(decoder: json.JSONDecoder, text: str) -> Any:
 
 def _too_deep() -> ClientError:
     return ClientError(f"The request body is nested too deeply; at most {MAX_DEPTH} levels are read.")
+
+
+def _may_be_deep(data: bytes) -> bool:
+    """Whether there are enough brackets for it. To look for them one by one, up to that many, takes 20 us in a prompt
+    of 200 KB; to count them all takes 300."""
+    return _holds(data, b"{", MAX_DEPTH // 2) or _holds(data, b"[", MAX_DEPTH // 2)
+
+
+def _holds(data: bytes, what: bytes, times: int) -> bool:
+    """Whether `what` stands there at least so many times."""
+    at = -1
+    for _ in range(times):
+        at = data.find(what, at + 1)
+        if at < 0:
+            return False
+    return True
 
 
 def _deeper_than(value: Any, limit: int) -> bool:
