@@ -155,6 +155,8 @@ class Found:
             self._kept_bytes += len(piece)
             if self._kept_bytes > MAX_KEPT:
                 self.kept = None
+                if self.leader is not None:
+                    self.leader.part()
             else:
                 self.kept.append(piece)
 

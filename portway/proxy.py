@@ -30,7 +30,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from urllib.parse import unquote
 
 from portway import stderr
-from portway.answers import Found, Shared, fields_of
+from portway.answers import MAX_KEPT, Found, Shared, fields_of
 from portway.cache.flights import Flights
 from portway.cache.rules import Control, parse_control
 from portway.cache.store import Cache
@@ -249,6 +249,8 @@ class Handler(BaseHTTPRequestHandler):
         self._leaving = False  # it was told why, and is given time to read that
         self._answered = False  # its request was dealt with to the end, whatever came of it
         self._buffer = b""
+        self._owed = bytearray()  # of the answer under way, what the client has not taken yet
+        self._may_owe = False  # others may wait for the same answer: it is not held up by this client
         self._reading: Incoming | None = None
         self.began = 0.0  # time.monotonic() when the request that is coming in began to; 0.0 = nothing of it is here
         self.task = Task(self.server.loop, moving=self._look_away, returning=self._look_back, ended=self._ended)
@@ -619,11 +621,17 @@ class Handler(BaseHTTPRequestHandler):
             self.watch.begin(state.config.server.heartbeat, self._stream.beat)
         envelope = self.envelope
         self._call = call
-        await state.answers.find(call, envelope.control, self.watch, self._relay, fallback=envelope.fallback)
+        try:
+            await state.answers.find(call, envelope.control, self.watch, self._relay, fallback=envelope.fallback)
+        finally:
+            self._may_owe = False
+        if self._owed:
+            await self.send(b"")
 
     async def _relay(self, found: Found) -> None:
         """Send what was found, as a stream or whole."""
         stream = self._stream
+        self._may_owe = found.leader is not None
         try:
             if stream is not None:
                 await stream.relay(found)
@@ -688,13 +696,32 @@ class Handler(BaseHTTPRequestHandler):
     # writing
 
     async def send(self, data: bytes) -> None:
-        """All of it, or OSError; a client that does not read fails it after server.write_timeout."""
-        try:
-            sent = self.connection.send(data)
-        except BlockingIOError:
-            sent = 0
+        """All of it, or OSError; a client that does not read fails it after server.write_timeout. An answer that
+        others may wait for is owed to it instead, up to MAX_KEPT."""
+        if self._owed:
+            self._owed += data
+            await self._pay()
+            return
+        sent = self._sent(data)
         if sent < len(data):
-            await self._send_rest(memoryview(data)[sent:])
+            if self._may_owe:
+                self._owed += memoryview(data)[sent:]
+            else:
+                await self._send_rest(memoryview(data)[sent:])
+
+    async def _pay(self) -> None:
+        """Send of what is owed as much as the client takes; all of it once no more may be."""
+        del self._owed[: self._sent(self._owed)]
+        if len(self._owed) > (MAX_KEPT if self._may_owe else 0):
+            owed, self._owed = self._owed, bytearray()
+            await self._send_rest(memoryview(owed))
+
+    def _sent(self, data: bytes | bytearray) -> int:
+        """How much of it the client has taken at once."""
+        try:
+            return self.connection.send(data)
+        except BlockingIOError:
+            return 0
 
     async def _send_rest(self, view: memoryview) -> None:
         while view:

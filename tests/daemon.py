@@ -117,6 +117,11 @@ class Daemon(_Running):
         return sum(entry.mask == POLLOUT and entry.task is not None for entry in entries)
 
     @property
+    def owed(self) -> int:
+        """Bytes that clients have not taken of answers that others may wait for."""
+        return sum(len(handler._owed) for handler in list(self._daemon._server._open))
+
+    @property
     def backlog(self) -> int:
         """How many connections have a request that waits for its turn."""
         return len(self._daemon._server.backlog)

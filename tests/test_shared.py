@@ -208,27 +208,36 @@ class Leaving(FlightCase):
                 wait_for(lambda: self.daemon.flights == 0, "the flight's end")
                 self.assertEqual("MISS", self.post(bodies[0]).header("x-cache"))
 
-    def test_a_client_that_does_not_read_keeps_nobody_waiting_for_ever(self) -> None:
-        """The first one's connection is full: it is given up, and the others get the whole answer."""
-        gate = threading.Event()
+    def test_a_client_that_does_not_read_keeps_nobody_waiting(self) -> None:
+        """The first one's connection is full: the others get the whole answer, and so does that one once it reads."""
         texts = ["x" * 1_000_000] * 7
         events = sse_body([delta(role="assistant"), *(delta(content=text) for text in texts), finish()])
-        reply: list[Action] = [gate, stream_head(), *map(chunk, events), LAST_CHUNK]
-        server = "[server]\nwrite_timeout = 1\n"
+        whole = json_reply({"choices": [choice(text="".join(texts))]})
+        replies: list[tuple[bool, list[Action]]] = [
+            (True, [stream_head(), *map(chunk, events), LAST_CHUNK]),
+            (False, [whole]),
+        ]
+        for stream, reply in replies:
+            with self.subTest(stream=stream):
+                self._one_does_not_read(stream, reply, "".join(texts))
+
+    def _one_does_not_read(self, stream: bool, reply: list[Action], text: str) -> None:
+        gate = threading.Event()
         with ExitStack() as stack:
-            target = stack.enter_context(Target(reply))
-            toml = chain(target.url, models={"first": 'cache = "1h"\n'}, rest=server)
+            target = stack.enter_context(Target([gate, *reply]))
+            toml = chain(target.url, models={"first": 'cache = "1h"\n'})
             daemon = stack.enter_context(Daemon(toml, cache=self.cache))
             clients = [stack.enter_context(daemon.client()) for _ in range(2)]
-            clients[0].request("POST", CHAT, chat("first", stream=True))
-            target.wait_requests(1)
+            clients[0].request("POST", CHAT, chat("first", stream=stream, seed=stream))
             wait_for(lambda: len(target.asked) == 1, "the first one")
-            clients[1].request("POST", CHAT, chat("first"))
+            clients[1].request("POST", CHAT, chat("first", seed=stream))
             wait_for(lambda: daemon.sharing == 1, "the second one's waiting")
             gate.set()
-            answer = clients[1].response()
-            self.assertEqual((200, "HIT"), verdict(answer))
-            self.assertEqual("".join(texts), text_of(answer))
+            answers = [clients[1].response()]
+            wait_for(lambda: daemon.writing == 1, "a full connection")
+            answers.append(clients[0].response())
+            self.assertEqual([(200, "HIT"), (200, "MISS")], list(map(verdict, answers)))
+            self.assertEqual([text, text], list(map(text_of, answers)))
 
     def test_the_first_one_leaves_while_its_connection_is_full(self) -> None:
         """However it goes, the stream goes on for those who wait for the same."""
@@ -246,7 +255,7 @@ class Leaving(FlightCase):
                 clients[0].head()
                 clients[1].request("POST", CHAT, chat("first", seed=number))
                 wait_for(lambda: daemon.sharing == 1, "the second one's waiting")  # noqa: B023
-                wait_for(lambda: daemon.writing == 1, "a full connection")  # noqa: B023
+                wait_for(lambda: daemon.owed > 0, "a full connection")  # noqa: B023
                 leave(clients[0])
                 gate.set()
                 answer = clients[1].response()

@@ -105,7 +105,7 @@ class Leader(Generic[T]):
 
     def client_left(self, error: Exception) -> None:
         """The leader's client has gone, as `error` says. Raises it, unless somebody else waits."""
-        if not self.has_waiters():
+        if self._ended or not self.has_waiters():
             raise error
         self.gone = error.with_traceback(None)  # else it would hold this very frame
 
@@ -114,6 +114,11 @@ class Leader(Generic[T]):
         self._ended = True
         self._flight.end(Landed(value))
 
+    def part(self) -> None:
+        """What comes of this can't be shared: nobody is to wait for it any longer."""
+        self._ended = True
+        self._flight.end(_Apart())
+
     def __enter__(self) -> Self:
         return self
 
@@ -121,7 +126,7 @@ class Leader(Generic[T]):
         if not self._ended:
             self._ended = True
             if error is None and self.gone is None:
-                self._flight.end(_Apart())
+                self.part()
             else:
                 counts = isinstance(error, Exception) and not isinstance(error, _LEFT)
                 self._flight.fail(error if counts else None)
