@@ -9,6 +9,7 @@ from scripts.guard_list import Guard
 
 _MATRIX = ("tests.test_torture_faults.MatrixTest.test_half_of_it",)
 _HEARTBEATS = ("tests.test_torture_faults.MatrixTest.test_with_heartbeats",)
+_SHARED = "tests.test_shared.Leaving."
 _TORTURE = "tests.test_torture_load.TortureTest."
 
 
@@ -191,6 +192,21 @@ _CHAINS = (
         "a place is given back after a failure",
         _in("memory/residency.py", "        if not self._held:\n            self.leave()", "        pass"),
         _MATRIX,
+    ),
+    Guard(
+        "a client that stops reading holds up nobody who waits for the same answer",
+        _in("proxy.py", "self._may_owe = found.leader is not None", "self._may_owe = False"),
+        (f"{_SHARED}test_a_client_that_does_not_read_keeps_nobody_waiting",),
+    ),
+    Guard(
+        "an answer that is too long to be shared keeps nobody waiting",
+        _in("answers.py", "                    self.leader.part()", "                    pass"),
+        ("tests.test_attacks_load.StalledLeaderTest",),
+    ),
+    Guard(
+        "events before any content are held, but not without bound",
+        _in("backends/openai.py", "if len(held) > MAX_HELD:", "if False:"),
+        ("tests.test_backend_openai.AnswerTest.test_events_without_end_before_any_content",),
     ),
     Guard(
         "who waits hears heartbeats",

@@ -84,14 +84,14 @@ class UnreadStreamTest(AttackCase):
 class StalledLeaderTest(unittest.TestCase):
     def test_a_reader_that_stalls_holds_up_nobody_who_waits_for_the_same(self):
         """Of two identical requests the second is served though the first never reads its answer."""
-        with mock.patch.object(Attacked, "write_timeout", 600.0), Attacked() as world:
+        with mock.patch.object(Attacked, "write_timeout", 600.0), Attacked("heartbeat = 600") as world:
             before = world.check()
             request = STREAM.replace(b'"flood"', b'"shared"').replace(b"Length: 75", b"Length: 76")
             with attacks.connect(world.port) as stalled, attacks.connect(world.port) as other:
                 stalled.sendall(request)
                 self.assertEqual(b"HTTP/1.1 200", stalled.recv(12))
                 other.sendall(request)
-                other.settimeout(60.0)
+                other.settimeout(30.0)
                 self.assertEqual(b"HTTP/1.1 200", other.recv(12))
                 self.assertLess(world.check().rss - before.rss, 64 * MB)
 

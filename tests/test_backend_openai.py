@@ -20,7 +20,17 @@ from portway.errors import BackendError
 from portway.watch import NoClient
 from portway.wire.events import SSEReader, sse
 from tests.blocking import close, pieces, whole
-from tests.doubles import CLOSE, LAST_CHUNK, Bytewise, ScriptedServer, chunk, json_reply, sse_reply, stream_head
+from tests.doubles import (
+    CLOSE,
+    LAST_CHUNK,
+    Bytewise,
+    ScriptedServer,
+    chunk,
+    json_reply,
+    sse_body,
+    sse_reply,
+    stream_head,
+)
 from tests.targets import FOREVER, MadeUpReply, delta, finish, frames, text_of, usage
 
 BACKEND = config.Backend("up", "openai", "http://127.0.0.1:1/v1", "http", "127.0.0.1", 1)
@@ -666,6 +676,15 @@ class AnswerTest(unittest.TestCase):
                 self.assertEqual(
                     [*[""] * (silent + 1), "a"], [text_of([value]) for value in frames(first)][: silent + 2]
                 )
+
+    def test_events_without_end_before_any_content(self):
+        """They are held, but not without bound: then the next in the chain may answer."""
+        role = chunk(sse(json.dumps(delta(role="assistant", pad="x" * 60_000)).encode()))
+        for count, reason in ((10, "empty_answer"), (40, "bad_answer")):
+            script = [stream_head(), *[role] * count, *map(chunk, sse_body([finish()])), LAST_CHUNK]
+            with self.subTest(count=count), self.assertRaises(BackendError) as caught:
+                self.streamed(script)
+            self.assertEqual(reason, caught.exception.reason)
 
     def test_tally(self):
         """Once closed, an answer knows all that it said."""

@@ -40,6 +40,11 @@ class GrownTest(unittest.TestCase):
         """What has no baseline can't have grown."""
         self.assertEqual([], counts.grown({"new": {"instructions": 5.0}}, self.before))
 
+    def test_a_busy_machine(self):
+        """Of two runs each count's lower one is compared."""
+        one, other = {"hit": {"instructions": 9.0, "syscalls": 3.0}}, {"hit": {"instructions": 8.0, "syscalls": 4.0}}
+        self.assertEqual({"hit": {"instructions": 8.0, "syscalls": 3.0}}, counts.lower(one, other))
+
     def test_fallen(self):
         """What is so far below that it could grow by a tenth unseen is named too, and fails nothing."""
         (line,) = counts.fallen({"plain": {"instructions": 900.0, "syscalls": 7.5}}, self.before)
@@ -126,7 +131,7 @@ class CountedTest(unittest.TestCase):
         baseline = json.dumps({counts.VERSION: {"hit": {"instructions": 1.0, "syscalls": 1.0}}})
         with (
             mock.patch.object(counts, "CASES", {"hit": counts.CASES["hit"]}),
-            mock.patch.object(counts, "counted", lambda _what, _case: found),
+            mock.patch.object(counts, "counted", side_effect=lambda _what, _case: found) as counted,
             mock.patch.object(
                 counts, "BASELINE", mock.Mock(**{"exists.return_value": True, "read_text.return_value": baseline})
             ),
@@ -136,3 +141,5 @@ class CountedTest(unittest.TestCase):
         ):
             self.assertEqual(1, counts.main([]))
         self.assertEqual("hit: instructions has grown from 1.0 to 10.0\n", said.getvalue())
+        asked = [call.args for call in counted.call_args_list]
+        self.assertEqual([2, 2], [asked.count((what, "hit")) for what in ("instructions", "memory")])

@@ -35,6 +35,7 @@ PATHS: Mapping[str, str] = {
 LOADING_PAUSE = 0.25  # seconds between two questions to a server that says "Loading model"; it offers no event
 LOADING_AGAIN = 10.0  # seconds after which a client may ask again for a model that is still being loaded
 LARGE = 16_384  # bytes of which no copy is made in between: two of 200 KB are 100 us
+MAX_HELD = 1_048_576  # bytes of a stream's events before the first content
 BATCH = 65_536  # bytes of relayed chunks that are counted at once: less than a millisecond, and never more are kept
 
 
@@ -278,6 +279,8 @@ class StreamAnswer:
         held = b""
         while not (held and (self._relay.content or self._relay.ended)):
             held += await self._next()
+            if len(held) > MAX_HELD:
+                raise BackendError("bad_answer", f"more than {MAX_HELD} bytes of events without any content")
         return held
 
     async def _next(self) -> bytes:
