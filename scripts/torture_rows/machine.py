@@ -347,8 +347,8 @@ def _ask_for_one_place(here: Ground, tries: Tries) -> None:
         seen.append((reply.status, reply.json))
 
     def is_decided() -> bool:
-        waiting = int(here.portway.health()["memory"]["waiting"])
-        return len(seen) + waiting + first.hanging >= AT_ONCE
+        under_way = int(here.portway.health()["in_flight"]) - 1  # whoever asks is one of them
+        return len(seen) + under_way >= AT_ONCE
 
     with ThreadPoolExecutor(AT_ONCE) as pool:
         asked = [pool.submit(one, number) for number in range(AT_ONCE)]
