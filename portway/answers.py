@@ -141,9 +141,12 @@ class Found:
     def client_left(self, error: Exception) -> None:
         """Its client can't be written to any more. Raises `error`, unless somebody else waits for the
         same: then the answer is to be read on to its end, and `find` raises it."""
-        if self.leader is None:
-            raise error
-        self.leader.client_left(error)
+        try:
+            if self.leader is None:
+                raise error
+            self.leader.client_left(error)
+        finally:
+            del error  # see Leader.client_left
 
     async def close(self) -> None:
         """Of the answer nothing more is read."""

@@ -38,7 +38,7 @@ from portway.call import ENDPOINTS, Endpoint
 from portway.config import ConfigError, is_loopback
 from portway.errors import ClientError, ClientGone, PortwayError, Stopping
 from portway.fields import Mistake
-from portway.loop import HANGUP, POLLIN, Loop, Task
+from portway.loop import HANGUP, POLLIN, POLLOUT, Loop, Task
 from portway.memory import api as residency_api
 from portway.memory.measured import Notebook
 from portway.memory.residency import Residency
@@ -66,6 +66,7 @@ from portway.wire.http1 import (
 from portway.workers import InFlight, Workers
 
 if TYPE_CHECKING:
+    from portway.cache.flights import Leader
     from portway.call import Attempt
     from portway.config import Config
 
@@ -192,6 +193,8 @@ class EventStream:
 
     async def fail(self, error: PortwayError) -> None:
         """End with the error's envelope as the last event, without [DONE], which would say that all went well."""
+        if self.ended:
+            return
         envelope = error.envelope()
         if isinstance(error, ChainExhausted):
             envelope["portway"] = {"attempts": _joined(error.attempts)}
@@ -249,8 +252,10 @@ class Handler(BaseHTTPRequestHandler):
         self._leaving = False  # it was told why, and is given time to read that
         self._answered = False  # its request was dealt with to the end, whatever came of it
         self._buffer = b""
-        self._owed = bytearray()  # of the answer under way, what the client has not taken yet
-        self._may_owe = False  # others may wait for the same answer: it is not held up by this client
+        self._leader: Leader[Shared] | None = None  # of others who may wait for the answer under way
+        self._owed = bytearray()  # what the client has not taken of an answer that others wait for
+        self._is_writing = False  # the answer under way waits for the client to take more
+        self._torn = False  # what was being written is cut off: nothing can follow
         self._reading: Incoming | None = None
         self.began = 0.0  # time.monotonic() when the request that is coming in began to; 0.0 = nothing of it is here
         self.task = Task(self.server.loop, moving=self._look_away, returning=self._look_back, ended=self._ended)
@@ -281,7 +286,10 @@ class Handler(BaseHTTPRequestHandler):
     def _stirred_meanwhile(self, events: int) -> None:
         """It is not idle: its request is under way."""
         try:
-            self.watch.client_stirred(events)
+            if events & POLLOUT:
+                self._pay_some()
+            if events != POLLOUT:
+                self.watch.client_stirred(events)
         except (ClientGone, Stopping) as exc:
             self._gone = True
             self._look_away()
@@ -308,8 +316,7 @@ class Handler(BaseHTTPRequestHandler):
         self._buffer += data
         if len(self._buffer) > MAX_PIPELINED:
             self.watch.look_only_for_the_end()
-            if self.task.on_loop:
-                self.server.loop.watch_for(self.connection, HANGUP)
+            self._look_for_more()
         return bool(data)
 
     def _look_away(self) -> None:
@@ -318,7 +325,16 @@ class Handler(BaseHTTPRequestHandler):
 
     def _look_back(self) -> None:
         """The loop looks at it again, in the middle of a request."""
-        self.server.loop.attach(self.connection, self.stirred, HANGUP if self.watch.is_sated else POLLIN)
+        self.server.loop.attach(self.connection, self.stirred, self._of_interest)
+
+    def _look_for_more(self) -> None:
+        """Something else is looked for from now on."""
+        if self.task.on_loop and not self._gone:
+            self.server.loop.watch_for(self.connection, self._of_interest)
+
+    @property
+    def _of_interest(self) -> int:
+        return (HANGUP if self.watch.is_sated else POLLIN) | (POLLOUT if self._owed else 0)
 
     def _look_again(self) -> None:
         """It does, and at all that it sends."""
@@ -413,6 +429,7 @@ class Handler(BaseHTTPRequestHandler):
             self._look_away()
             self.server.forget(self)
             self.waiting = None
+            self._owed = bytearray()
             self.connection.close()
 
     def cut(self) -> None:
@@ -554,7 +571,7 @@ class Handler(BaseHTTPRequestHandler):
         self._cors = request.cors
         self._record = Record(time.time(), time.monotonic(), "", head.path)
         self._stream: EventStream | None = None
-        self._answered = False
+        self._answered = self._torn = False
         self.watch.begin(0.0, None)
         try:
             await self._dispatch(request)
@@ -624,14 +641,16 @@ class Handler(BaseHTTPRequestHandler):
         try:
             await state.answers.find(call, envelope.control, self.watch, self._relay, fallback=envelope.fallback)
         finally:
-            self._may_owe = False
+            self._leader = None
         if self._owed:
             await self.send(b"")
 
     async def _relay(self, found: Found) -> None:
         """Send what was found, as a stream or whole."""
         stream = self._stream
-        self._may_owe = found.leader is not None
+        self._leader = found.leader
+        if found.leader is not None:
+            found.leader.when_joined(partial(self.server.loop.post, self._joined))
         try:
             if stream is not None:
                 await stream.relay(found)
@@ -696,42 +715,68 @@ class Handler(BaseHTTPRequestHandler):
     # writing
 
     async def send(self, data: bytes) -> None:
-        """All of it, or OSError; a client that does not read fails it after server.write_timeout. An answer that
-        others may wait for is owed to it instead, up to MAX_KEPT."""
+        """All of it, or OSError; a client that does not read fails it after server.write_timeout. While others
+        wait for the same answer, what it does not take is owed to it, up to MAX_KEPT."""
         if self._owed:
             self._owed += data
-            await self._pay()
+            del self._owed[: self._sent(self._owed)]
+            if not self._may_owe(len(self._owed)):
+                owed, self._owed = self._owed, bytearray()
+                await self._send_rest(memoryview(owed))
             return
         sent = self._sent(data)
         if sent < len(data):
-            if self._may_owe:
-                self._owed += memoryview(data)[sent:]
-            else:
-                await self._send_rest(memoryview(data)[sent:])
+            await self._send_rest(memoryview(data)[sent:])
 
-    async def _pay(self) -> None:
-        """Send of what is owed as much as the client takes; all of it once no more may be."""
-        del self._owed[: self._sent(self._owed)]
-        if len(self._owed) > (MAX_KEPT if self._may_owe else 0):
-            owed, self._owed = self._owed, bytearray()
-            await self._send_rest(memoryview(owed))
+    async def _send_rest(self, view: memoryview) -> None:
+        """What the client has not taken at once."""
+        until = time.monotonic() + self.server.write_timeout
+        try:
+            while view:
+                if self._may_owe(len(view)):
+                    self._owed += view
+                    self._look_for_more()
+                    return
+                if await self._takes_more(until):
+                    view = view[self._sent(view) :]
+                    until = time.monotonic() + self.server.write_timeout
+                elif time.monotonic() >= until:
+                    raise BlockingIOError(errno.EAGAIN, "the client does not read")
+        except BaseException:
+            self._torn = True
+            raise
 
-    def _sent(self, data: bytes | bytearray) -> int:
+    async def _takes_more(self, until: float) -> bool:
+        self._is_writing = self.task.on_loop
+        try:
+            return await self.watch.client_writable(until)
+        finally:
+            self._is_writing = False
+
+    def _may_owe(self, size: int) -> bool:
+        """Whether the client is to get so many bytes later, since others wait for what comes behind them."""
+        return size <= MAX_KEPT and self._leader is not None and self._leader.has_waiters()
+
+    def _joined(self) -> None:
+        """On the loop: one more waits for the answer under way."""
+        if self._is_writing:
+            self.task.wake(ready=False)
+
+    def _pay_some(self) -> None:
+        """The client takes more of what is owed to it."""
+        try:
+            del self._owed[: self._sent(self._owed)]
+        except OSError as exc:
+            raise ClientGone from exc
+        if not self._owed:
+            self._look_for_more()
+
+    def _sent(self, data: bytes | bytearray | memoryview) -> int:
         """How much of it the client has taken at once."""
         try:
             return self.connection.send(data)
         except BlockingIOError:
             return 0
-
-    async def _send_rest(self, view: memoryview) -> None:
-        while view:
-            until = time.monotonic() + self.server.write_timeout
-            if not await self.watch.client_writable(until):
-                raise BlockingIOError(errno.EAGAIN, "the client does not read")
-            try:
-                view = view[self.connection.send(view) :]
-            except BlockingIOError:
-                continue  # a false alarm
 
     async def respond(self, status: int, fields: bytes, body: bytes, kind: str = "application/json") -> None:
         """A whole answer in one write. fields: further header fields, as `fields_of` makes them."""
@@ -754,6 +799,9 @@ class Handler(BaseHTTPRequestHandler):
     async def _fail(self, error: PortwayError) -> None:
         """The error as the rest of a begun stream, else as an answer of its own."""
         self._failed(error)
+        if self._torn:
+            self.keep_alive = False
+            return
         try:
             if self._stream and self._stream.started:
                 await self._stream.fail(error)

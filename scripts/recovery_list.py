@@ -195,8 +195,28 @@ _CHAINS = (
     ),
     Guard(
         "a client that stops reading holds up nobody who waits for the same answer",
-        _in("proxy.py", "self._may_owe = found.leader is not None", "self._may_owe = False"),
+        _in("proxy.py", "self._leader = found.leader", "self._leader = None"),
         (f"{_SHARED}test_a_client_that_does_not_read_keeps_nobody_waiting",),
+    ),
+    Guard(
+        "nor does one that had stopped before they came",
+        _in("proxy.py", "        if self._is_writing:\n", "        if False:\n"),
+        (f"{_SHARED}test_what_is_owed_is_paid_as_soon_as_it_is_taken",),
+    ),
+    Guard(
+        "what it has not taken it gets as soon as it reads again",
+        _in("proxy.py", "| (POLLOUT if self._owed else 0)", "| 0"),
+        (f"{_SHARED}test_what_is_owed_is_paid_as_soon_as_it_is_taken",),
+    ),
+    Guard(
+        "nothing follows an answer that is cut off",
+        _in("proxy.py", "        if self._torn:\n", "        if False:\n"),
+        (f"{_SHARED}test_nothing_follows_what_is_cut_off",),
+    ),
+    Guard(
+        "what was sent to a client that has gone is forgotten at once",
+        _in("answers.py", "            del error  # see", "            pass  # see"),
+        (f"{_SHARED}test_an_answer_ends_with_its_request",),
     ),
     Guard(
         "an answer that is too long to be shared keeps nobody waiting",

@@ -686,6 +686,12 @@ class AnswerTest(unittest.TestCase):
                 self.streamed(script)
             self.assertEqual(reason, caught.exception.reason)
 
+    def test_a_first_content_may_be_large(self):
+        """An image or a long text is content, however much it is."""
+        events = sse_body([delta(role="assistant"), delta(images=["x" * 3_000_000]), finish()])
+        first = self.streamed([stream_head(), *map(chunk, events), LAST_CHUNK])[0]
+        self.assertGreater(len(first), 3_000_000)
+
     def test_tally(self):
         """Once closed, an answer knows all that it said."""
         with ScriptedServer(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import threading
 import time
@@ -11,6 +12,7 @@ from contextlib import ExitStack, contextmanager
 from typing import Any
 from unittest import mock
 
+from portway.answers import Found
 from portway.cache import file as cache_file
 from portway.call import Call, Served
 from portway.routing import Router
@@ -262,6 +264,64 @@ class Leaving(FlightCase):
                 self.assertEqual((200, "HIT"), verdict(answer))
                 self.assertEqual("".join(texts), text_of(answer))
                 self.assertEqual(1, len(target.asked))
+
+    @contextmanager
+    def _full(self, reply: list[Action]) -> Iterator[tuple[Daemon, RawClient]]:
+        """A daemon, and a client that has read nothing but the head of a stream."""
+        with Target(reply) as target:
+            toml = chain(target.url, models={"first": 'cache = "1h"\n'}, rest="[server]\nheartbeat = 600\n")
+            with Daemon(toml, cache=self.cache) as daemon, daemon.client() as client:
+                client.request("POST", CHAT, chat("first", stream=True))
+                wait_for(lambda: daemon.writing == 1, "a full connection")
+                yield daemon, client
+
+    def test_what_is_owed_is_paid_as_soon_as_it_is_taken(self) -> None:
+        """The first one reads again: it has not to wait until the model goes on."""
+        gate = threading.Event()
+        events = sse_body([delta(content="x" * 7_000_000)], done=False)  # one piece: no other one pays for it
+        reply: list[Action] = [stream_head(), *map(chunk, events), gate, *map(chunk, sse_body([finish()])), LAST_CHUNK]
+        with self._full(reply) as (daemon, client), daemon.client() as other:
+            other.request("POST", CHAT, chat("first"))
+            wait_for(lambda: daemon.owed > 0, "what comes next is not held up")
+            pieces = client.pieces(client.head())
+            seen = 0
+            while seen < 7_000_000:
+                seen += len(next(pieces))
+            self.assertEqual((0, 1), (daemon.owed, daemon.sharing))  # the model has not gone on
+            gate.set()
+            self.assertIn(b"[DONE]", b"".join(pieces))
+            self.assertEqual((200, "HIT"), verdict(other.response()))
+
+    def test_without_others_nothing_is_owed(self) -> None:
+        """A stream is held back at its source as long as its only client does not read."""
+        events = sse_body([delta(content="x" * 1_000_000)] * 7)
+        with self._full([stream_head(), *map(chunk, events), LAST_CHUNK]) as (daemon, client):
+            self.assertEqual(0, daemon.owed)
+            self.assertEqual("x" * 7_000_000, text_of(client.response()))
+
+    def test_nothing_follows_what_is_cut_off(self) -> None:
+        """The daemon ends while a client does not read: that one gets no error in the middle of an event."""
+        events = sse_body([delta(content="x" * 1_000_000)] * 7)
+        with self._full([stream_head(), *map(chunk, events), LAST_CHUNK]) as (daemon, client):
+            daemon.stop()
+            seen = b""
+            while data := client.sock.recv(65_536):
+                seen += data
+            self.assertGreater(len(seen), 65_536)
+            self.assertNotIn(b"error", seen)
+
+    def test_an_answer_ends_with_its_request(self) -> None:
+        """No cycle keeps what was sent to a client that has gone, until some later collection."""
+        events = sse_body([delta(content="x" * 1_000_000)] * 7)
+        gc.collect()
+        gc.disable()
+        try:
+            with self._full([stream_head(), *map(chunk, events), LAST_CHUNK]) as (daemon, client):
+                client.reset()
+                wait_for(lambda: not daemon.writing, "its end")
+                wait_for(lambda: not any(isinstance(each, Found) for each in gc.get_objects()), "nothing's being kept")
+        finally:
+            gc.enable()
 
 
 class Failing(CachedCase):

@@ -277,11 +277,12 @@ class StreamAnswer:
         if "event-stream" not in self._reply.head.headers.get("content-type", "event-stream").lower():
             raise await self._not_a_stream()
         held = b""
-        while not (held and (self._relay.content or self._relay.ended)):
+        while True:
             held += await self._next()
+            if held and (self._relay.content or self._relay.ended):
+                return held
             if len(held) > MAX_HELD:
                 raise BackendError("bad_answer", f"more than {MAX_HELD} bytes of events without any content")
-        return held
 
     async def _next(self) -> bytes:
         """What the next read brings, as the client gets it. An error comes alone: what stands before it counts."""

@@ -572,8 +572,10 @@ class _Dialer:
         try:
             if self._tls is None:
                 await _on_thread(watch)  # the module takes 15 ms, and the system's certificates are read from files
-                self._tls = _verifying()
-                await watch.on_loop()
+                try:
+                    self._tls = _verifying()
+                finally:
+                    await watch.on_loop()
             secure = self._tls.wrap_socket(sock, server_hostname=self._backend.host, do_handshake_on_connect=False)
         except OSError as exc:
             raise self._failed(exc) from exc

@@ -16,6 +16,7 @@ import select
 import socket
 import threading
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Generic, Self, TypeVar
 
@@ -30,7 +31,7 @@ T = TypeVar("T")
 # this far: backends/transport.py makes it a BackendError.
 _LEFT = (ClientGone, OSError)
 
-MAX_WAITERS = 128  # of one flight; each holds a thread. Whoever comes on top runs alone
+MAX_WAITERS = 128  # of one flight. Whoever comes on top runs alone
 LOOK_EVERY = 1.0  # seconds; between two leaders there may be waiters but no line yet to hear them on
 SUCCESSORS = 1  # failures in a row that lead to another try; the next one is everybody's
 
@@ -79,7 +80,10 @@ class Flights(Generic[T]):
             if line is None:
                 return Leader(_Flight(self._lock, {}, key))
             flight.waiters += 1
-            return Waiter(flight, line)
+            joined = flight.joined
+        if joined is not None:
+            joined()
+        return Waiter(flight, line)
 
 
 class Leader(Generic[T]):
@@ -97,7 +101,11 @@ class Leader(Generic[T]):
 
     def has_waiters(self) -> bool:
         """Whether anybody waits for what this leader does."""
-        return self._flight.waiters > 0
+        return not self._ended and self._flight.waiters > 0
+
+    def when_joined(self, tell: Callable[[], None]) -> None:
+        """Have `tell` called each time that one more waits; by any thread."""
+        self._flight.joined = tell
 
     def watch(self, watch: Watch) -> Watch:
         """`watch`, but the client's leaving counts only once nobody else waits."""
@@ -105,9 +113,12 @@ class Leader(Generic[T]):
 
     def client_left(self, error: Exception) -> None:
         """The leader's client has gone, as `error` says. Raises it, unless somebody else waits."""
-        if self._ended or not self.has_waiters():
-            raise error
-        self.gone = error.with_traceback(None)  # else it would hold this very frame
+        try:
+            if not self.has_waiters():
+                raise error
+            self.gone = error.with_traceback(None)  # else it would hold this very frame
+        finally:
+            del error  # whose traceback has this frame: a cycle, and all of the answer in it
 
     def publish(self, value: T) -> None:
         """Give all waiters their answer. What the cache should have must be there before."""
@@ -188,6 +199,7 @@ class _Flight(Generic[T]):
         self._failures = 0
         self._line: _Line | None = None  # the present leader's
         self.has_leader = True
+        self.joined: Callable[[], None] | None = None  # the present leader's wish
         self.waiters = 0
 
     def open_line(self) -> _Line | None:
@@ -206,6 +218,7 @@ class _Flight(Generic[T]):
         """It has come to this, for everybody."""
         with self._lock:
             self._outcome = outcome
+            self.joined = None
             self._remove()
             line = self._take_line()
         self._hang_up(line)
@@ -214,6 +227,7 @@ class _Flight(Generic[T]):
         """The leader is gone. `error`: why, if that counts as a failure."""
         with self._lock:
             self.has_leader = False
+            self.joined = None
             if error is not None:
                 self._failures += 1
                 if self._failures > SUCCESSORS:
