@@ -30,6 +30,7 @@ ROOT = Path(__file__).resolve().parent.parent.parent
 # `portway` as a service runs it. $PORTWAY_TORTURED is another one to torture: a zipapp, or a changed copy
 PROGRAM = (sys.executable, "-I", "-S", os.environ.get("PORTWAY_TORTURED") or str(ROOT / "portway"))
 PATIENCE = 30.0  # seconds that anything may take here
+WRITING = 2.0  # seconds that the log may take for one write; who reads meanwhile sees a part of it
 END = 10.0  # seconds a process has between SIGTERM and SIGKILL
 SETTLED = 10.0  # seconds that threads and descriptors have to go back to what they were
 
@@ -213,12 +214,14 @@ class PortwayProcess(Process):
         self.port = int(self.wait_for(r"listening on http://127\.0\.0\.1:(\d+)"))
 
     def lines(self) -> list[dict[str, Any]]:
-        """The lines of its log of requests so far. Raises ValueError if one is not whole."""
+        """The lines of its log of requests so far. Raises ValueError if one is not whole, nor is just being written."""
         if not self.log_file.exists():
             return []
-        text = self.log_file.read_bytes()
-        if text and not text.endswith(b"\n"):
-            raise ValueError(f"the log's last line is not whole: {text[-80:]!r}")
+        until = time.monotonic() + WRITING
+        while (text := self.log_file.read_bytes()) and not text.endswith(b"\n"):
+            if time.monotonic() >= until:
+                raise ValueError(f"the log's last line is not whole: {text[-80:]!r}")
+            time.sleep(0.005)
         return [json.loads(line) for line in text.splitlines()]
 
     def call(
