@@ -6,7 +6,18 @@ import unittest
 from collections.abc import Iterator
 
 from portway.errors import ClientError
-from portway.wire.events import DONE, MAX_DEPTH, NDJSONReader, SSEReader, WireError, dumps, loads, loads_object, sse
+from portway.wire.events import (
+    DONE,
+    LONG,
+    MAX_DEPTH,
+    NDJSONReader,
+    SSEReader,
+    WireError,
+    dumps,
+    loads,
+    loads_object,
+    sse,
+)
 
 BOM = b"\xef\xbb\xbf"
 
@@ -93,6 +104,9 @@ class Objects(unittest.TestCase):
         self.assertEqual(1, len(loads_object(deepest)))
         self.assertIn("nested too deeply", self.refused(deepest.replace(b"[]", b"[[]]")))
         self.assertIn("nested too deeply", self.refused(deepest.replace(b"[]", b'[{"b":[]}]')))
+        long = b'"%b"' % (b"x" * LONG)
+        self.assertEqual(1, len(loads_object(deepest.replace(b"[]", b"[%b]" % long))))
+        self.assertIn("nested too deeply", self.refused(deepest.replace(b"[]", b"[[%b]]" % long)))
 
     def test_many_containers_are_not_deep(self):
         """Width is no depth: a long history of messages passes."""
