@@ -81,20 +81,24 @@ def _heads() -> Callable[[bytes], None]:
     return eat
 
 
-def _chunks() -> Callable[[bytes], None]:
+def decoded(pieces: list[bytes]) -> tuple[bytes, bool, bytes] | None:
+    """Of the chunked coding: (payload, done, rest), or None for what is refused."""
     from portway.wire.http1 import BadMessage, ChunkedDecoder
 
-    def decoded(pieces: list[bytes]) -> tuple[bytes, bool, bytes] | None:
-        decoder, payload, behind = ChunkedDecoder(), b"", b""
-        try:
-            for piece in pieces:
-                if decoder.done:
-                    behind += piece
-                else:
-                    payload += decoder.feed(piece)
-        except BadMessage:
-            return None
-        return payload, decoder.done, decoder.rest + behind
+    decoder, payload, behind = ChunkedDecoder(), b"", b""
+    try:
+        for piece in pieces:
+            if decoder.done:
+                behind += piece
+            else:
+                payload += decoder.feed(piece)
+    except BadMessage:
+        return None
+    return payload, decoder.done, decoder.rest + behind
+
+
+def _chunks() -> Callable[[bytes], None]:
+    import portway.wire.http1  # noqa: F401 - here, so that it is instrumented
 
     def eat(data: bytes) -> None:
         _same(data, decoded)

@@ -117,6 +117,12 @@ class Daemon(_Running):
         return sum(entry.mask == POLLOUT and entry.task is not None for entry in entries)
 
     @property
+    def ended(self) -> int:
+        """How many streams have had their last piece, taken or not."""
+        streams = [handler._stream for handler in list(self._daemon._server._open)]
+        return sum(stream is not None and stream.ended for stream in streams)
+
+    @property
     def owed(self) -> int:
         """Bytes that clients have not taken of answers that others may wait for."""
         return sum(len(handler._owed) for handler in list(self._daemon._server._open))

@@ -17,6 +17,21 @@ from tests.test_ask import MODELS, AskTestCase, Screen
 CONTROL = re.compile(r"\x1b(\[[0-9;?>=]*[A-Za-z]|\][^\x07]*\x07|[=>()][A-Z0-9]?)|\x07|\r")
 
 
+# what is typed before a tab -> what stands there after it
+COMPLETED = {
+    "ask --9": "ask --9b ",
+    "ask why --3": "ask why --3b ",
+    "ask -m fast-3": "ask -m fast-3b ",
+    "ask --model=fast-9": "ask --model=fast-9b ",
+    "ask --model emb": "ask --model embed ",
+    "ask --completion f": "ask --completion fish ",
+    "ask --show": "ask --show-thinking ",
+    "ask -f notes.": "ask -f notes.md ",
+    "ask -f notes\\ ": "ask -f notes\\ of\\ mine.txt ",
+    "ask --schema=notes.": "ask --schema=notes.md ",
+}
+
+
 class Shell(AskTestCase):
     """An interactive shell on a terminal, with `ask` on its PATH and a server that knows some tiers."""
 
@@ -85,20 +100,7 @@ class OfBash(Shell):
             "bind 'set bell-style none'; bind 'set enable-bracketed-paste off'; PS1='> '",
             'eval "$(ask --completion bash)"',
         )
-        self.completes(
-            {
-                "ask --9": "ask --9b ",
-                "ask why --3": "ask why --3b ",
-                "ask -m fast-3": "ask -m fast-3b ",
-                "ask --model=fast-9": "ask --model=fast-9b ",
-                "ask --model emb": "ask --model embed ",
-                "ask --completion f": "ask --completion fish ",
-                "ask --show": "ask --show-thinking ",
-                "ask -f notes.": "ask -f notes.md ",
-                "ask -f notes\\ ": "ask -f notes\\ of\\ mine.txt ",
-                "ask --schema=notes.": "ask --schema=notes.md ",
-            }
-        )
+        self.completes(COMPLETED)
 
 
 class OfZsh(Shell):
@@ -111,21 +113,7 @@ class OfZsh(Shell):
         for load in (f"fpath=({functions} $fpath); autoload -Uz compinit; compinit -u -D",
                      f"autoload -Uz compinit; compinit -u -D; source {self.script('zsh')}"):  # fmt: skip
             self.begin(["zsh", "-f", "-i"], "PROMPT='> '; unsetopt PROMPT_SP BEEP; stty cols 200", load)
-            self.completes(
-                {
-                    "ask --9": "ask --9b ",
-                    "ask why --3": "ask why --3b ",
-                    "ask -m fast-3": "ask -m fast-3b ",
-                    "ask -mfast-3": "ask -mfast-3b ",
-                    "ask --model=fast-9": "ask --model=fast-9b ",
-                    "ask --model emb": "ask --model embed ",
-                    "ask --completion f": "ask --completion fish ",
-                    "ask --show": "ask --show-thinking ",
-                    "ask -f notes.": "ask -f notes.md ",
-                    "ask -f notes\\ ": "ask -f notes\\ of\\ mine.txt ",
-                    "ask --schema=notes.": "ask --schema=notes.md ",
-                }
-            )
+            self.completes({**COMPLETED, "ask -mfast-3": "ask -mfast-3b "})
 
 
 class OfFish(Shell):

@@ -12,7 +12,7 @@ from dataclasses import replace
 from typing import Any
 
 from portway import config
-from portway.backends.openai import BATCH, LARGE, OpenAIBackend, StreamAnswer, _Relay, only_model, request_body, splice
+from portway.backends.openai import BATCH, OpenAIBackend, StreamAnswer, _Relay, only_model, request_body, splice
 from portway.backends.transport import Patience
 from portway.call import Answer, Call, Endpoint, Limits, Tally
 from portway.call import finish as run
@@ -113,7 +113,7 @@ class SpliceTest(unittest.TestCase):
             b'{"model":"@","metadata":{"model":"keep", "mod\\u0065l" : 1}}',
             b'\xef\xbb\xbf \r\n{\t"model" : "@" , "messages":[]}',
             b'{"model":"@"}',
-            b'{"model":"@","messages":"' + b" \\\\ \\u0065" * LARGE + b'"}',
+            b'{"model":"@","messages":"' + b" \\\\ \\u0065" * 16_384 + b'"}',
         ]
         for shape in shapes:
             raw = shape.replace(b"@", b'f\\"a\\\\')

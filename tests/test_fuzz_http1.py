@@ -6,7 +6,6 @@ from typing import Any
 from portway.wire.http1 import (
     MAX_HEAD,
     BadMessage,
-    ChunkedDecoder,
     Heads,
     Incoming,
     RequestHead,
@@ -21,6 +20,7 @@ try:
 except ImportError as exc:
     raise unittest.SkipTest(f"{exc.name} is not installed") from exc
 
+from scripts.fuzz import decoded
 from tests.hypotheses import effort
 
 TOKEN = "!#$%&'*+-.^_`|~0123456789ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz"
@@ -80,21 +80,6 @@ def ours(data: bytes) -> Any:
 def cut(data: bytes, positions: list[int]) -> list[bytes]:
     at = sorted({position % (len(data) + 1) for position in positions})
     return [data[start:end] for start, end in zip([0, *at], [*at, len(data)], strict=True)]
-
-
-def decoded(pieces: list[bytes]) -> tuple[bytes, bool, bytes] | None:
-    """(payload, done, rest), or None for what is refused."""
-    decoder = ChunkedDecoder()
-    payload, behind = b"", b""
-    try:
-        for piece in pieces:
-            if decoder.done:
-                behind += piece
-            else:
-                payload += decoder.feed(piece)
-    except BadMessage:
-        return None
-    return payload, decoder.done, decoder.rest + behind
 
 
 def coded(payload: list[bytes], extension: bytes = b"") -> bytes:

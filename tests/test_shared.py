@@ -295,9 +295,12 @@ class Leaving(FlightCase):
 
     def test_without_others_nothing_is_owed(self) -> None:
         """A stream is held back at its source as long as its only client does not read."""
-        events = sse_body([delta(content="x" * 1_000_000)] * 7)
-        with self._full([stream_head(), *map(chunk, events), LAST_CHUNK]) as (daemon, client):
-            self.assertEqual(0, daemon.owed)
+        gate = threading.Event()
+        events = sse_body([delta(content="x" * 1_000_000)] * 7, done=False)
+        reply: list[Action] = [stream_head(), *map(chunk, events), gate, *map(chunk, sse_body([finish()])), LAST_CHUNK]
+        with self._full(reply) as (daemon, client):
+            self.assertEqual((0, 0), (daemon.owed, daemon.ended))
+            gate.set()
             self.assertEqual("x" * 7_000_000, text_of(client.response()))
 
     def test_nothing_follows_what_is_cut_off(self) -> None:

@@ -34,7 +34,6 @@ PATHS: Mapping[str, str] = {
 }
 LOADING_PAUSE = 0.25  # seconds between two questions to a server that says "Loading model"; it offers no event
 LOADING_AGAIN = 10.0  # seconds after which a client may ask again for a model that is still being loaded
-LARGE = 16_384  # bytes of which no copy is made in between: two of 200 KB are 100 us
 MAX_HELD = 1_048_576  # bytes of a stream's events before the first content
 BATCH = 65_536  # bytes of relayed chunks that are counted at once: less than a millisecond, and never more are kept
 
@@ -123,9 +122,7 @@ def splice(
     start, end = member.span(1)
     first = raw.index(b"{") + 1  # after a byte order mark, maybe
     more = dumps(additions)[1:-1] + b"," if additions else b""
-    if len(raw) < LARGE:
-        return b"{%b%b%b%b" % (more, raw[first:start], _quoted(model), raw[end:])
-    return b"".join((b"{", more, raw[first:start], _quoted(model), memoryview(raw)[end:]))
+    return b"".join((b"{", more, raw[first:start], _quoted(model), memoryview(raw)[end:]))  # one copy of a long prompt
 
 
 def only_model(raw: bytes) -> re.Match[bytes] | None:
