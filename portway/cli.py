@@ -231,10 +231,9 @@ _RESIDENCY = ("ps", "load", "unload", "models")
 
 
 def _serve(options: dict[str, Any]) -> int:
-    from portway import config
-
-    # http.server brings http.client and shutil, and they bring these if they can: 2 MB and 15 ms
-    with _unused("ssl", "bz2", "lzma"):
+    # http.server brings http.client and shutil, and they and hashlib bring these if they can: 5 MB and 15 ms
+    with _unused("ssl", "bz2", "lzma", *_openssl_of_hashlib()):
+        from portway import config
         from portway.commands import serve
 
     try:
@@ -255,6 +254,17 @@ def _unused(*names: str) -> Iterator[None]:
     finally:
         for name in missing:
             del sys.modules[name]
+
+
+def _openssl_of_hashlib() -> Iterator[str]:
+    """hashlib's way to OpenSSL, unless Python was built without a SHA-256 of its own, as Fedora's is."""
+    for name in ("_sha2", "_sha256"):  # since 3.12, and before
+        try:
+            __import__(name)
+        except ImportError:
+            continue
+        yield "_hashlib"
+        return
 
 
 def _check(options: dict[str, Any]) -> int:

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import errno
 import fcntl
-import hashlib
 import json
 import math
 import os
@@ -400,8 +399,7 @@ def _digest(body: Mapping[str, Any] | None) -> tuple[bytes, int | None]:
         try:  # a role and a text each, as in most chats: no function for each of them
             if _DICT.issuperset(map(type, messages)) and _ROLE_AND_TEXT.issuperset(map(tuple, messages)):
                 text = "\0".join((*chain.from_iterable(map(dict.values, messages)), ""))
-                sha = hashlib.sha256(text.encode("utf-8", "surrogatepass")).digest()
-                return b'"%b"' % hexlify(sha[:8]), sum(map(len, map(_CONTENT, messages)))
+                return b'"%b"' % hexlify(digest((text,))[:8]), sum(map(len, map(_CONTENT, messages)))
         except TypeError:
             pass  # something else than a text
     texts: list[str] = []

@@ -311,8 +311,19 @@ class ProcessTest(unittest.TestCase):
         code = (
             "import sys; from portway import cli\n"
             "cli.main(['serve', '--config', '/nowhere.toml'])\n"
-            "print(*(name for name in ('ssl', 'bz2', 'lzma') if name in sys.modules), 'http.server' in sys.modules)\n"
+            "heavy = [name for name in ('ssl', '_hashlib', 'bz2', 'lzma') if name in sys.modules]\n"
+            "print(*heavy, 'http.server' in sys.modules)\n"
             "import ssl, bz2, lzma"
         )
         done = subprocess.run([sys.executable, "-S", "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
         self.assertEqual("True", done.stdout.strip())
+
+    def test_sha256_is_there_in_every_python(self) -> None:
+        """Some have it from OpenSSL alone: keys are compared by it."""
+        code = (
+            "import sys; sys.modules.update(_sha2=None, _sha256=None, _sha512=None)\n"
+            "from portway import cli; cli.main(['serve', '--config', '/nowhere.toml'])\n"
+            "from portway.keys import digest_of; print(digest_of('').hex()[:8])"
+        )
+        done = subprocess.run([sys.executable, "-S", "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+        self.assertEqual("e3b0c442", done.stdout.strip())

@@ -1,26 +1,31 @@
-"""SHA-256 of texts: in one go if they are short, and without copying those that are long."""
+"""BLAKE2b of texts: in one go if they are short, and without copying those that are long.
+
+Not SHA-256, which is quick only in OpenSSL, and that would be 3.4 MB of memory for nothing else: of 2 KB BLAKE2b takes
+1.9 us where OpenSSL's SHA-256 takes 1.4, of 200 KB 170 instead of 100.
+"""
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Sequence
+from hashlib import blake2b
 
+SIZE = 32  # bytes of a digest
 LONG = 8192  # characters from which a text is hashed by itself: to copy 200 KB takes as long as to hash it
 
 
 def digest(texts: Sequence[str], start: bytes = b"") -> bytes:
     """32 bytes: of `start` and the texts, one behind the other. Lone surrogates, which JSON may hold, are texts too."""
     if max(map(len, texts), default=0) <= LONG:
-        return hashlib.sha256(start + _utf8("".join(texts))).digest()
-    sha = hashlib.sha256(start)
+        return blake2b(start + _utf8("".join(texts)), digest_size=SIZE).digest()
+    hash = blake2b(start, digest_size=SIZE)
     done = 0
     for at, text in enumerate(texts):
         if len(text) > LONG:
-            sha.update(_utf8("".join(texts[done:at])))
-            sha.update(_utf8(text))
+            hash.update(_utf8("".join(texts[done:at])))
+            hash.update(_utf8(text))
             done = at + 1
-    sha.update(_utf8("".join(texts[done:])))
-    return sha.digest()
+    hash.update(_utf8("".join(texts[done:])))
+    return hash.digest()
 
 
 def _utf8(text: str) -> bytes:
