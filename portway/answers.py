@@ -86,7 +86,8 @@ class Shared:
 class Found:
     """An answer, whole in the cache or on its way from a target. Read it by `piece` or by `body`; then `close`.
 
-    served: who answers; None = nobody has to, `document` has the answer. attempts: all of them, for the log.
+    call: what was asked. served: who answers; None = nobody has to, `document` has the answer. attempts: all of
+    them, for the log.
     """
 
     def __init__(
@@ -104,14 +105,14 @@ class Found:
         self.document = document
         self.kept: list[bytes] | None = None  # a stream's pieces, for who comes after; None = not kept
         self.leader: Leader[Shared] | None = None
-        self._call = call
+        self.call = call
         self._kept_bytes = 0
         self._begun = False
 
     def body(self) -> bytes:
         """The plain answer."""
         if self.served is None:
-            return replay.replay(self.document, self._call, self.facts.served_by)
+            return replay.replay(self.document, self.call, self.facts.served_by)
         return self.served.whole or b""
 
     async def piece(self) -> bytes:
@@ -122,7 +123,7 @@ class Found:
         elif served is not None:
             piece = served.first
         else:
-            piece = b"" if self._begun else replay.replay(self.document, self._call, self.facts.served_by)
+            piece = b"" if self._begun else replay.replay(self.document, self.call, self.facts.served_by)
         self._begun = True
         if piece and served is not None:
             self._keep(piece)

@@ -38,6 +38,14 @@ class PortwayError(Exception):
         """The body that OpenAI's SDKs understand."""
         return {"error": {"message": self.message, "type": self.type, "param": self.param, "code": self.code}}
 
+    def let_go(self) -> None:
+        """It has been dealt with. The frames it came through hold the request's body, and hold it: garbage, which is
+        not collected before there are 10,000 objects of it."""
+        error: BaseException | None = self
+        while error is not None and error.__traceback__ is not None:  # an error may be its own cause
+            error.__traceback__ = None
+            error = error.__cause__ or error.__context__
+
 
 class ClientError(PortwayError):
     """The request is at fault, whoever would serve it."""

@@ -577,6 +577,7 @@ class Handler(BaseHTTPRequestHandler):
             await self._dispatch(request)
         except PortwayError as exc:
             await self._fail(exc)
+            exc.let_go()
         except BlockingIOError:
             self._client_left("stalled")  # it is there and does not read
         except (ClientGone, OSError):
@@ -594,16 +595,18 @@ class Handler(BaseHTTPRequestHandler):
 
     def _write_down(self, waited: float | None) -> None:
         """The request's line in the log. Whoever only asks how we are, again and again, is not worth one."""
-        self._record.finish(time.monotonic(), waited)
-        if self._record.status == 200 and self.head.path.endswith(_UNLOGGED):
+        record = self._record
+        del self._record  # a connection holds nothing of its last request while it idles
+        record.finish(time.monotonic(), waited)
+        if record.status == 200 and self.head.path.endswith(_UNLOGGED):
             return
         daemon = self.server.daemon
-        daemon.metrics.observe(self._record)
+        daemon.metrics.observe(record)
         if daemon.log:
             if self.task.on_loop:
-                self.server.loop.put_off(partial(daemon.log.record, self._record))
+                self.server.loop.put_off(partial(daemon.log.record, record))
             else:
-                daemon.log.record(self._record)
+                daemon.log.record(record)
 
     async def _dispatch(self, request: Request) -> None:
         self._record.client = _client(request.head)
@@ -637,7 +640,6 @@ class Handler(BaseHTTPRequestHandler):
             self._stream = EventStream(self)
             self.watch.begin(state.config.server.heartbeat, self._stream.beat)
         envelope = self.envelope
-        self._call = call
         try:
             await state.answers.find(call, envelope.control, self.watch, self._relay, fallback=envelope.fallback)
         finally:
@@ -660,7 +662,7 @@ class Handler(BaseHTTPRequestHandler):
             await found.close()
             self._record.found(found, stream.ttft if stream is not None else None)
             if self._key is not None:
-                self.server.daemon.quotas.spend(self._key, spent(self._call, found))
+                self.server.daemon.quotas.spend(self._key, spent(found))
 
     async def _respond_with(self, found: Found) -> None:
         body = found.body()

@@ -14,7 +14,6 @@ from portway.request import prompt_chars
 
 if TYPE_CHECKING:
     from portway.answers import Found
-    from portway.call import Call
     from portway.keys import Key
 
 MINUTE = 60
@@ -61,12 +60,12 @@ class Quotas:
                 self._used.setdefault(key.digest, _Used()).tokens.add(tokens, self._clock())
 
 
-def spent(call: Call, found: Found) -> int:
+def spent(found: Found) -> int:
     """The tokens that a model's answer cost: as the backend counts them; where it did not, or the answer was left
     before its end, as many as its characters make. An answer out of the cache cost nothing."""
     if found.served is None:
         return 0
-    tally = found.served.answer.tally
+    call, tally = found.call, found.served.answer.tally
     prompt, completion = tally.prompt_tokens, tally.completion_tokens
     if prompt is None:
         prompt = (len(call.raw) if call.endpoint == "embeddings" else prompt_chars(call.body)) // CHARS_A_TOKEN

@@ -100,6 +100,7 @@ class Router:
             await _close(answer)
             self._cooling.failed(target, error, course)
             course.failed(target, error, time.monotonic() - started)
+            error.let_go()
             await watch.on_loop()  # it may have waited for a place on a worker
             return None
         except BaseException:  # the client left, or asks for what nobody could do: no word on the target

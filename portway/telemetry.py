@@ -45,6 +45,7 @@ MAX_WAITING = 10_000  # records in the queue; a writer that is stuck for long co
 MAX_WAITING_BYTES = 32 * 1024 * 1024  # of their request bodies; beyond it a line goes without its prompt_hash
 MAX_AT_ONCE = 16 * 1024  # bytes of body up to which the line is made at once; to hash more is the writer's work
 MAX_BATCH = 512  # lines in one write
+MAX_GATHERED = 4 * 1024 * 1024  # bytes of bodies for which it begins at once: they are memory that others could use
 GATHER = 0.05  # seconds the writer lets lines gather: it wakes 20 times a second at most, however many there are
 RETRY_AFTER = 1.0  # seconds until a file that refused is tried again; doubled up to ...
 RETRY_AT_MOST = 30.0
@@ -511,7 +512,7 @@ class Log:
             if made is None:
                 self._bound(record)
             self._waiting.append(record if made is None else made)
-            if self._idle:
+            if self._idle or self._bytes > MAX_GATHERED:
                 self._idle = False
                 self._changed.notify()
 
@@ -549,13 +550,14 @@ class Log:
                 self._idle = True
                 self._changed.wait()
             self._idle = False
-        if len(self._waiting) < MAX_BATCH:
-            self._pause(GATHER)
-        with self._changed:
+            self._changed.wait_for(self._is_urgent, GATHER)
             count = min(len(self._waiting), MAX_BATCH)
             taken = [self._waiting.popleft() for _ in range(count)]
             self._bytes -= sum([each.size for each in taken if not isinstance(each, bytes)])
         return taken
+
+    def _is_urgent(self) -> bool:
+        return self._closing or len(self._waiting) >= MAX_BATCH or self._bytes > MAX_GATHERED
 
     def _pause(self, seconds: float) -> bool:
         """Wait, unless the log is being closed. Returns whether it is."""

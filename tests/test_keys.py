@@ -233,7 +233,7 @@ class SpentTest(unittest.TestCase):
         call = Call(endpoint, body, b"x" * 800, model, False, False, "id", 0)  # type: ignore[arg-type]
         answer = mock.Mock(tally=tally)
         served = Served(model, answer, []) if tally else None
-        return spent(call, Found(call, Facts("fast", "MISS"), served=served, document=b"{}"))
+        return spent(Found(call, Facts("fast", "MISS"), served=served, document=b"{}"))
 
     def test_what_an_answer_cost(self):
         """The backend's count; by characters what it did not count; nothing out of the cache."""

@@ -106,9 +106,10 @@ def peers(world: World, effort: Effort) -> Iterator[Measurement]:
     """Direct, Portway and every peer, all in the same rounds."""
     missing: list[str] = []
     with ExitStack() as stack:
+        own = stack.enter_context(world.start("peers"))  # as new as the others, for the sake of its memory
         # a model without a cache: none of the others looks into one either
-        targets = {"direct": world.direct(PLAIN), "portway": world.portway.target(f"openai-{PLAIN}")}
-        pids = {"portway": world.portway.pid}
+        targets = {"direct": world.direct(PLAIN), "portway": own.target(f"openai-{PLAIN}")}
+        pids = {"portway": own.pid}
         for name, peer in PEERS.items():
             program = shutil.which(peer.program)
             if program is None:

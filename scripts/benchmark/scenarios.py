@@ -330,6 +330,7 @@ def process(world: World, effort: Effort) -> Iterator[Measurement]:
     yield _cold_start(world, effort)
     for model in (f"openai-{PLAIN}", f"cached-{PLAIN}"):
         yield _grown(world, effort, model)
+    yield _after_large(world, effort)
 
 
 def _cold_start(world: World, effort: Effort) -> Measurement:
@@ -358,6 +359,19 @@ def _grown(world: World, effort: Effort, model: str) -> Measurement:
     notes["grown_mb"] = round((after["rss_mb"] or 0.0) - warm, 2)
     goals = (Goal("notes.idle_rss_mb", 26), Goal("notes.grown_mb", 2))
     return Measurement(f"memory, {model}, 16 connections", "whole", figures, goals, notes)
+
+
+def _after_large(world: World, effort: Effort) -> Measurement:
+    """What prompts of 200 KB on many connections, all of which stay open, leave behind."""
+    with world.start("process-large") as daemon:
+        target = daemon.target(f"openai-{PLAIN}")
+        idle = memory(daemon.pid)["rss_mb"] or 0.0
+        load = Load(world.tools, world.folder, target, Ask(LARGE), Shape(64, 600.0, count=effort.many // 50))
+        figures = {"portway": summary([load.result()], "whole")}
+        time.sleep(1.0)
+        after = memory(daemon.pid)
+    notes = {"idle_rss_mb": idle, "rss_after_mb": after["rss_mb"], "peak_rss_mb": after["peak_mb"]}
+    return Measurement("memory after prompts of 200 KB, 64 connections", "whole", figures, (), notes)
 
 
 def capacity(world: World, effort: Effort) -> Iterator[Measurement]:
