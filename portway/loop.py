@@ -263,25 +263,26 @@ class Loop:
     def run(self, sweep: Callable[[], None], every: float, report: Callable[[Exception], object]) -> None:
         """Until `stop`; `sweep` is called `every` so many seconds. What is called may raise nothing: if it does all
         the same, `report` is told, and the loop goes on, since all that is served hangs on it."""
-        swept = time.monotonic()
+        now = swept = time.monotonic()
         try:
             while not self._stopping:
                 try:
-                    self._round(swept + every)
-                    if time.monotonic() - swept >= every:
-                        swept = time.monotonic()
+                    now = self._round(now, swept + every)
+                    if now - swept >= every:
+                        swept = now
                         sweep()
                 except Exception as exc:  # noqa: BLE001 - reported
                     report(exc)
+                    now = time.monotonic()
             self._catch_up()
         finally:
             self._stopped.set()
 
-    def _round(self, until: float) -> None:
-        """Wait, until then at most, and deal with what has happened."""
+    def _round(self, now: float, until: float) -> float:
+        """Wait, until then at most, and deal with what has happened. now: time.monotonic(); returns it anew."""
         entries = self._entries
-        left = max(0.0, min(self._next, until) - time.monotonic())
-        ready = self._poller.poll(min(left, REST) if self._put_off else left)
+        left = min(self._next, until, now + REST if self._put_off else until) - now
+        ready = self._poller.poll(max(0.0, left))
         self._rounds += 1
         for fd, events in ready:
             entry = entries.get(fd)
@@ -298,6 +299,7 @@ class Loop:
             self._expire(now)
         if self._put_off and (self.tasks or not ready or len(self._put_off) >= MAX_PUT_OFF):
             self._catch_up()
+        return now
 
     def _catch_up(self) -> None:
         """Do what was put off; what puts off more has its turn the next time."""

@@ -351,7 +351,7 @@ class Handler(BaseHTTPRequestHandler):
 
     def _go_on(self) -> None:
         """Serve what has come in, one request after the other, until one takes its time."""
-        while not (self.task.busy or self.waiting or self._closed or self._leaving):
+        while (self._buffer or self._reading) and not (self.task.busy or self.waiting or self._closed or self._leaving):
             request = self._next()
             if request is None:
                 return

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Awaitable, Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Awaitable, Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -18,7 +18,7 @@ from portway.call import Attempt, Limits, Served
 from portway.config import CAPABILITIES
 from portway.errors import BackendError, PortwayError
 from portway.fields import dotted
-from portway.memory.residency import Free, Place, anywhere
+from portway.memory.residency import Free, Others, Place, anywhere
 from portway.request import has_images, prompt_chars
 from portway.wire.events import DONE
 
@@ -46,10 +46,10 @@ class Router:
         backends: Mapping[str, Backend],
         cooling: Cooling,
         complete: Callable[[Model], Model] = lambda model: model,
-        place: Callable[[Model, Watch, float, Iterable[Model]], Awaitable[Place | Free]] = anywhere,
+        place: Callable[[Model, Watch, float, Others], Awaitable[Place | Free]] = anywhere,
     ) -> None:
         cooling.adopt(config)
-        self._config = config
+        self._chains = {name: config.chain(model) for name, model in config.models.items()}
         self._backends = backends
         self._cooling = cooling
         self._complete = complete
@@ -81,7 +81,7 @@ class Router:
         """Embeddings of two models do not compare, so a fallback would poison an index in silence."""
         if not fallback or call.endpoint == "embeddings":
             return [self._complete(call.model)]
-        return list(map(self._complete, self._config.chain(call.model)))
+        return list(map(self._complete, self._chains[call.model.name]))
 
     async def _attempt(self, course: _Course, target: Model, watch: Watch) -> Served | None:
         """Try one target; None if it failed before the first content."""
@@ -90,7 +90,7 @@ class Router:
         answer: Answer | None = None
         try:
             limits = course.limits(target, started)
-            with await self._place(target, watch, limits.answer_by, course.later()) as place:
+            with await self._place(target, watch, limits.answer_by, course.later) as place:
                 course.queued += time.monotonic() - started
                 # from here on the place is given back when the answer is closed
                 backend = self._backends[target.backend.name]

@@ -111,21 +111,19 @@ class InFlight:
 
     def __init__(self) -> None:
         self.count = 0
-        self._none = threading.Event()
-        self._none.set()
+        self._none: threading.Event | None = None  # to be told of it: somebody waits for none
 
     def begin(self) -> None:
         """One more."""
-        if not self.count:
-            self._none.clear()
         self.count += 1
 
     def end(self) -> None:
         """One less."""
         self.count -= 1
-        if not self.count:
+        if not self.count and self._none is not None:
             self._none.set()
 
     def wait_for_none(self, timeout: float) -> bool:
         """Until the last one has ended, for `timeout` seconds at most; whether it has."""
-        return self._none.wait(timeout)
+        self._none = none = threading.Event()  # before the count is looked at: its end may come in between
+        return not self.count or none.wait(timeout)

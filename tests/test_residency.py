@@ -460,7 +460,7 @@ class Served(unittest.TestCase):
         models = self.config.models
         until = time.monotonic() + seconds
         chain = [models[other] for other in others]
-        return finish(self.residency.place(models[name], watch or NoClient(), until, chain))
+        return finish(self.residency.place(models[name], watch or NoClient(), until, lambda: chain))
 
     def ask(self, name: str, watch: Any = None, *, load: bool = False) -> bytes:
         """A whole streamed answer, by way of a place. load: no question, the model is only loaded."""

@@ -63,6 +63,7 @@ TOLERANCE = 10.0  # seconds by which an expires_at may differ from what keep_ali
 FOR_EVER = 1e8  # seconds; Ollama says "for ever" by a year far away
 SLOWEST = 150e6  # bytes a second that a first load is assumed to manage: a slow disk
 WINDOW = 4096  # tokens, where neither the configuration nor the server says: Ollama's default
+Others = Callable[[], Iterable["Model"]]
 _GONE = ("connect_failed", "connection_lost")  # what means that there is no server
 _SILENT = ("connect_timeout", "answer_timeout")  # and what, that it does not answer now
 
@@ -71,27 +72,30 @@ _SILENT = ("connect_timeout", "answer_timeout")  # and what, that it does not an
 
 
 class Place:
-    """A request's use of its model. Left at the end of `with`, or, once it holds an answer, when that is closed."""
+    """A request's use of its model, and, once it holds one, the Answer (call.py) that comes of it. Left at the end of
+    `with`, or, once it holds an answer, when that is closed."""
 
-    __slots__ = ("_held", "_left", "_residency", "wish")
+    tally: Tally
+    warnings: list[str]
+    _answer: Answer
+    _holds = False
+    _left = False
 
     def __init__(self, residency: Residency, wish: Wish) -> None:
         self.wish = wish
         self._residency = residency
-        self._held = False
-        self._left = False
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:
-        if not self._held:
+        if not self._holds:
             self.leave()
 
     def hold(self, answer: Answer) -> Answer:
         """The same answer, whose close() also gives the place back."""
-        self._held = True
-        return _Held(answer, self)
+        self._answer, self.tally, self.warnings, self._holds = answer, answer.tally, answer.warnings, True
+        return self
 
     def began(self) -> None:
         """The first content is in: the model is loaded, by whomever."""
@@ -104,6 +108,28 @@ class Place:
         if not self._left:
             self._left = True
             self._residency.release(self.wish, load_s)
+
+    # as an Answer
+
+    async def piece(self) -> bytes:
+        """See Answer.piece. From the second one on it is the answer's own: there are many."""
+        piece = await self._answer.piece()
+        self.began()
+        self.piece = self._answer.piece  # type: ignore[method-assign]
+        return piece
+
+    async def whole(self) -> bytes:
+        """See Answer.whole."""
+        whole = await self._answer.whole()
+        self.began()
+        return whole
+
+    async def close(self) -> None:
+        """See Answer.close."""
+        try:
+            await self._answer.close()
+        finally:
+            self.leave(self.tally.load_s)
 
 
 class Free:
@@ -128,39 +154,9 @@ class Free:
 _FREE = Free()
 
 
-async def anywhere(_target: Model, _watch: Watch, _until: float, _others: Iterable[Model] = ()) -> Free:
+async def anywhere(_target: Model, _watch: Watch, _until: float, _others: Others = tuple) -> Free:
     """Residency.place where there is no arbiter."""
     return _FREE
-
-
-class _Held:
-    """An Answer (call.py) that holds a place."""
-
-    def __init__(self, answer: Answer, place: Place) -> None:
-        self.tally: Tally = answer.tally
-        self.warnings = answer.warnings
-        self._answer = answer
-        self._place = place
-
-    async def piece(self) -> bytes:
-        """See Answer.piece. From the second one on it is the answer's own: there are many."""
-        piece = await self._answer.piece()
-        self._place.began()
-        self.piece = self._answer.piece  # type: ignore[method-assign]
-        return piece
-
-    async def whole(self) -> bytes:
-        """See Answer.whole."""
-        whole = await self._answer.whole()
-        self._place.began()
-        return whole
-
-    async def close(self) -> None:
-        """See Answer.close."""
-        try:
-            await self._answer.close()
-        finally:
-            self._place.leave(self.tally.load_s)
 
 
 # --- what it is decided by ------------------------------------------------------------------------
@@ -313,9 +309,9 @@ class Residency:
 
     # --- for the router
 
-    async def place(self, target: Model, watch: Watch, until: float, others: Iterable[Model] = ()) -> Place | Free:
-        """A place for one attempt at `target`; waits for it until then at most. others: the members of the
-        chain that come after it. Raises BackendError `queue_full`, `does_not_fit`, `no_room` or `cold`, and
+    async def place(self, target: Model, watch: Watch, until: float, others: Others = tuple) -> Place | Free:
+        """A place for one attempt at `target`; waits for it until then at most. others: gives the members of
+        the chain that come after it. Raises BackendError `queue_full`, `does_not_fit`, `no_room` or `cold`, and
         ClientGone."""
         seat = self._seats.get(target.name)
         if seat is None:
@@ -403,7 +399,7 @@ class Residency:
 
     # --- one request that can't just go
 
-    def _arrange(self, seat: Seat, watch: Watch, until: float, others: Iterable[Model]) -> Wish:
+    def _arrange(self, seat: Seat, watch: Watch, until: float, others: Others) -> Wish:
         """What `place` does if the model is not simply there. The wish, granted."""
         if seat.engine is not None:
             # of a request's time only a small part: a server that does not answer now is for its attempt to find out
@@ -655,7 +651,7 @@ class Residency:
 
     # --- refusals
 
-    def _refuse_cold(self, seat: Seat, until: float, others: Iterable[Model]) -> None:
+    def _refuse_cold(self, seat: Seat, until: float, others: Others) -> None:
         """Raise `cold` if loading would take too long and another member is warm."""
         with self._lock:
             now = time.monotonic()
@@ -666,7 +662,7 @@ class Residency:
                 takes = seat.need.size / SLOWEST if seat.need is not None else math.inf
             if takes <= min(seat.model.timeouts.first_token, until - now):
                 return
-            seats = [self._seats[other.name] for other in others if other.name in self._seats]
+            seats = [self._seats[other.name] for other in others() if other.name in self._seats]
             warm = next((other.model.name for other in seats if self._is_warm(other, now)), None)
         if warm is not None:
             raise refusals.cold(takes, warm)
