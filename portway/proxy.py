@@ -631,10 +631,12 @@ class Handler(BaseHTTPRequestHandler):
     async def _complete(self, endpoint: Endpoint, raw: bytes) -> None:
         """The pipeline: call -> found in the cache, or served by some target -> relayed."""
         state = self.server.daemon.state
-        if len(raw) > LARGE:
+        is_large = len(raw) > LARGE
+        if is_large:
             await self.watch.on_thread()  # what takes its time to be read must not keep the others waiting
         call = read_call(endpoint, raw, state.config, self._key)
-        await self.watch.on_loop()
+        if is_large:
+            await self.watch.on_loop()
         self._record.begin(call)
         if call.stream:
             self._stream = EventStream(self)

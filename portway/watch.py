@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import select
 import time
-from collections.abc import Awaitable, Callable
-from typing import TYPE_CHECKING
+from collections.abc import Awaitable, Callable, Coroutine
+from typing import TYPE_CHECKING, Any
 
 from portway.errors import ClientGone, Stopping
 from portway.loop import HANGUP, POLLIN, POLLOUT
@@ -55,13 +55,13 @@ class ClientWatch:
         """Something was sent to the client."""
         self._beat_at = time.monotonic() + self._every
 
-    async def readable(self, sock: socket.socket, until: float) -> bool:
+    def readable(self, sock: socket.socket, until: float) -> Coroutine[Any, Any, bool]:
         """See Watch.readable."""
-        return await self._wait(sock, POLLIN, until)
+        return self._wait(sock, POLLIN, until)
 
-    async def writable(self, sock: socket.socket, until: float) -> bool:
+    def writable(self, sock: socket.socket, until: float) -> Coroutine[Any, Any, bool]:
         """See Watch.writable."""
-        return await self._wait(sock, POLLOUT, until)
+        return self._wait(sock, POLLOUT, until)
 
     async def pause(self, until: float) -> None:
         """See Watch.pause."""

@@ -190,7 +190,7 @@ _CHAINS = (
     ),
     Guard(
         "a place is given back after a failure",
-        _in("memory/residency.py", "        if not self._held:\n            self.leave()", "        pass"),
+        _in("memory/residency.py", "        if not self._holds:\n            self.leave()", "        pass"),
         _MATRIX,
     ),
     Guard(
