@@ -11,6 +11,7 @@ _MATRIX = ("tests.test_torture_faults.MatrixTest.test_half_of_it",)
 _HEARTBEATS = ("tests.test_torture_faults.MatrixTest.test_with_heartbeats",)
 _SHARED = "tests.test_shared.Leaving."
 _TORTURE = "tests.test_torture_load.TortureTest."
+_HELD = "tests.test_held.Held."
 
 
 def _in(file: str, words: str, others: str) -> tuple[tuple[str, str, str], ...]:
@@ -312,6 +313,21 @@ _ENDS = (
         "a reload leaves requests alone",
         _in("proxy.py", "        old.close()\n", "        old.close()\n        self._server.cut()\n"),
         (f"{_TORTURE}test_reload",),
+    ),
+    Guard(
+        "a connection that idles holds nothing of its last request",
+        _in("proxy.py", "        del self._record  #", "        #"),
+        (f"{_HELD}test_an_answer_without_a_log",),
+    ),
+    Guard(
+        "a failed attempt leaves no garbage that holds the prompt",
+        _in("routing.py", "            error.let_go()\n", ""),
+        (f"{_HELD}test_an_error",),
+    ),
+    Guard(
+        "nor does a stream that breaks",
+        _in("proxy.py", "            exc.let_go()\n", ""),
+        (f"{_HELD}test_a_stream_that_breaks",),
     ),
 )
 
