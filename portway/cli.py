@@ -257,14 +257,14 @@ def _unused(*names: str) -> Iterator[None]:
 
 
 def _openssl_of_hashlib() -> Iterator[str]:
-    """hashlib's way to OpenSSL, unless Python was built without a SHA-256 of its own, as Fedora's is."""
-    for name in ("_sha2", "_sha256"):  # since 3.12, and before
-        try:
+    """hashlib's way to OpenSSL, unless Python was built without hashes of its own, as Fedora's is."""
+    sha2 = ("_sha2",) if sys.version_info >= (3, 12) else ("_sha256", "_sha512")
+    try:
+        for name in ("_blake2", "_md5", "_sha1", "_sha3", *sha2):  # without one of them it would complain
             __import__(name)
-        except ImportError:
-            continue
-        yield "_hashlib"
+    except ImportError:
         return
+    yield "_hashlib"
 
 
 def _check(options: dict[str, Any]) -> int:

@@ -13,6 +13,14 @@ from dataclasses import dataclass
 from typing import Any
 
 
+def let_go(error: BaseException | None) -> None:
+    """It has been dealt with. The frames it came through hold the request's body, and hold it: garbage, which is not
+    collected before there are 10,000 objects of it."""
+    while error is not None and error.__traceback__ is not None:  # an error may be its own cause
+        error.__traceback__ = None
+        error = error.__cause__ or error.__context__
+
+
 class PortwayError(Exception):
     """An error with an HTTP status and OpenAI's `{"error":{message,type,param,code}}`."""
 
@@ -37,14 +45,6 @@ class PortwayError(Exception):
     def envelope(self) -> dict[str, Any]:
         """The body that OpenAI's SDKs understand."""
         return {"error": {"message": self.message, "type": self.type, "param": self.param, "code": self.code}}
-
-    def let_go(self) -> None:
-        """It has been dealt with. The frames it came through hold the request's body, and hold it: garbage, which is
-        not collected before there are 10,000 objects of it."""
-        error: BaseException | None = self
-        while error is not None and error.__traceback__ is not None:  # an error may be its own cause
-            error.__traceback__ = None
-            error = error.__cause__ or error.__context__
 
 
 class ClientError(PortwayError):

@@ -36,7 +36,7 @@ from portway.cache.rules import Control, parse_control
 from portway.cache.store import Cache
 from portway.call import ENDPOINTS, Endpoint
 from portway.config import ConfigError, is_loopback
-from portway.errors import ClientError, ClientGone, PortwayError, Stopping
+from portway.errors import ClientError, ClientGone, PortwayError, Stopping, let_go
 from portway.fields import Mistake
 from portway.loop import HANGUP, POLLIN, POLLOUT, Loop, Task
 from portway.memory import api as residency_api
@@ -577,11 +577,11 @@ class Handler(BaseHTTPRequestHandler):
             await self._dispatch(request)
         except PortwayError as exc:
             await self._fail(exc)
-            exc.let_go()
-        except BlockingIOError:
-            self._client_left("stalled")  # it is there and does not read
-        except (ClientGone, OSError):
-            self._client_left(self.watch.phase)
+            let_go(exc)
+        except (ClientGone, OSError) as exc:
+            is_there = isinstance(exc, BlockingIOError)  # and does not read
+            self._client_left("stalled" if is_there else self.watch.phase)
+            let_go(exc)
         except Exception as exc:  # noqa: BLE001 - the last resort: logged with its id, never shown
             await self._fail(self.server.daemon.unforeseen(exc))
         finally:

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 from portway.backends.failures import CUT_OFF_CALL
 from portway.call import Attempt, Limits, Served
 from portway.config import CAPABILITIES
-from portway.errors import BackendError, PortwayError
+from portway.errors import BackendError, PortwayError, let_go
 from portway.fields import dotted
 from portway.memory.residency import Free, Others, Place, anywhere
 from portway.request import has_images, prompt_chars
@@ -49,7 +49,7 @@ class Router:
         place: Callable[[Model, Watch, float, Others], Awaitable[Place | Free]] = anywhere,
     ) -> None:
         cooling.adopt(config)
-        self._chains = {name: config.chain(model) for name, model in config.models.items()}
+        self._config = config
         self._backends = backends
         self._cooling = cooling
         self._complete = complete
@@ -81,7 +81,7 @@ class Router:
         """Embeddings of two models do not compare, so a fallback would poison an index in silence."""
         if not fallback or call.endpoint == "embeddings":
             return [self._complete(call.model)]
-        return list(map(self._complete, self._chains[call.model.name]))
+        return list(map(self._complete, self._config.chain(call.model)))
 
     async def _attempt(self, course: _Course, target: Model, watch: Watch) -> Served | None:
         """Try one target; None if it failed before the first content."""
@@ -100,7 +100,7 @@ class Router:
             await _close(answer)
             self._cooling.failed(target, error, course)
             course.failed(target, error, time.monotonic() - started)
-            error.let_go()
+            let_go(error)
             await watch.on_loop()  # it may have waited for a place on a worker
             return None
         except BaseException:  # the client left, or asks for what nobody could do: no word on the target

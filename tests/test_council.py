@@ -9,7 +9,7 @@ import time
 import unittest
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from typing import Any, ClassVar, Self
 from unittest import mock
 
@@ -17,7 +17,17 @@ from portway import config
 from portway.config import Model
 from portway.council import council
 from tests.daemon import Daemon
-from tests.doubles import HANG, LAST_CHUNK, Action, RawClient, RawResponse, ScriptedConnection, json_reply, sse_reply
+from tests.doubles import (
+    HANG,
+    LAST_CHUNK,
+    Action,
+    Close,
+    RawClient,
+    RawResponse,
+    ScriptedConnection,
+    json_reply,
+    sse_reply,
+)
 from tests.llama_server import LlamaServer, wait_for
 from tests.targets import (
     CHAT,
@@ -627,6 +637,44 @@ def connection_of(target: Target) -> ScriptedConnection:
     """The connection on which it was asked first."""
     number = target.asked[0].connection
     return next(found for found in map(target.connection, range(target.connections)) if found.number == number)
+
+
+class ChainTest(unittest.TestCase):
+    """Where a chain goes on after its first: behind the one that broke off, not at that one's own fallback."""
+
+    @contextmanager
+    def council(self, lines: Mapping[str, str], **scripts: Reply) -> Iterator[tuple[RawResponse, dict[str, int]]]:
+        """The answer, and how often each was asked."""
+        with ExitStack() as stack:
+            targets = {name: stack.enter_context(Target(then=reply)) for name, reply in scripts.items()}
+            toml = "".join(
+                f'[backends.{name}]\nkind = "openai"\nurl = "{target.url}"\n'
+                f'[models.{name}]\nbackend = "{name}"\nmodel = "physical-{name}"\n{lines.get(name, "")}'
+                for name, target in targets.items()
+            )
+            toml += '[models.council]\nkind = "council"\nmembers = ["alpha", "beta"]\nchairman = "chair"\n'
+            daemon = stack.enter_context(Daemon(toml))
+            response = ask(stack.enter_context(daemon.client()), "council")
+            self.assertEqual([], [line for line in daemon.log if "unforeseen" in line])
+            yield response, {name: len(target.asked) for name, target in targets.items()}
+
+    def test_a_member_that_breaks_off(self) -> None:
+        """Its second fallback answers, though the first fails or breaks off as well, and has one of its own."""
+        halves: list[Action] = [begun("openai", "half"), Close()]
+        lines = {"alpha": 'fallback = ["gamma", "delta"]\n', "gamma": 'fallback = ["other"]\n'}
+        rest: dict[str, Reply] = {"beta": said("b"), "delta": said("d"), "other": halves, "chair": plain("c")}
+        for gamma in (BROKEN, halves):
+            with self.subTest(gamma=gamma), self.council(lines, alpha=halves, gamma=gamma, **rest) as (response, asked):
+                self.assertEqual((200, 1, 0), (response.status, asked["delta"], asked["other"]))
+
+    def test_a_chairman_that_can_not_read_it(self) -> None:
+        """Those behind it are asked anew, with those behind them as their chain."""
+        lines = {"chair": 'num_ctx = 8000\nfallback = ["first", "second"]\n', "first": "num_ctx = 4000\n"}
+        lines |= {"second": "num_ctx = 4000\n"}
+        scripts = {"alpha": said("a"), "beta": said("b"), "chair": OVERLONG, "first": BROKEN, "second": plain("c")}
+        with self.council(lines, **scripts) as (response, asked):
+            self.assertEqual((200, 1), (response.status, asked["second"]))
+            self.assertEqual("council(alpha,beta>second)", response.header("x-served-by"))
 
 
 class ClientGoneTest(unittest.TestCase):

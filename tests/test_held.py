@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import gc
 import os
+import socket
 import tempfile
+import threading
 import unittest
 from typing import Any
 
@@ -19,7 +21,8 @@ from portway.wire.http1 import Request
 from tests.daemon import Daemon
 from tests.doubles import Close, Hang, Reset, chunk, json_reply
 from tests.llama_server import wait_for
-from tests.targets import CHAT, Target, answer, begun, chain
+from tests.targets import CHAT, MESSAGES, Reply, Target, answer, begun, chain
+from tests.test_council import BROKEN, Sitting, plain, said
 
 OF_A_REQUEST = (Call, Found, Request, Served)
 LARGE = "a" * 1_200_000  # is read on a worker
@@ -104,10 +107,86 @@ class Held(unittest.TestCase):
         daemon = self.start()
         self.backend.add_answer([Hang()])
         with daemon.client() as client:
-            client.request("POST", CHAT, {"model": "first", "messages": [{"role": "user", "content": "why?"}]})
+            client.request("POST", CHAT, {"model": "first", "messages": MESSAGES})
             wait_for(lambda: bool(self.backend.asked), "the backend's being asked")
             self.assertTrue(left_over())
         self.assert_nothing_is_left()
+
+    def test_a_client_that_leaves_a_shared_answer(self) -> None:
+        """It is read to its end for the one who waits."""
+        daemon = self.start()
+        go = threading.Event()
+        self.backend.add_answer([go, answer("openai", "because")])
+        with daemon.client() as leader, daemon.client() as other:
+            for client in (leader, other):
+                client.request("POST", CHAT, {"model": "first", "messages": MESSAGES})
+                wait_for(lambda: bool(self.backend.asked), "the backend's being asked")
+            wait_for(lambda: daemon.sharing == 1, "the other's waiting")
+            leader.reset()
+            go.set()
+            self.assertEqual(200, other.response().status)
+            self.assert_nothing_is_left()
+
+    def test_an_address_that_fails(self) -> None:
+        """The name has two; the server has only the second."""
+        with socket.create_server(("::1", 0), family=socket.AF_INET6) as server:
+            port = server.getsockname()[1]
+            toml = f'[backends.six]\nkind = "openai"\nurl = "http://localhost:{port}/v1"\n'
+            daemon = self.enterContext(Daemon(f'{toml}[models.first]\nbackend = "six"\nmodel = "one"\n'))
+            with daemon.client() as client:
+                client.request("POST", CHAT, {"model": "first", "messages": MESSAGES})
+                self.answer_once(server)
+                self.assertEqual(200, client.response().status)
+                self.assert_nothing_is_left()
+
+    def answer_once(self, server: socket.socket) -> None:
+        """The first connection that brings a chat; the daemon asks for the list of models, too."""
+        server.settimeout(30.0)
+        while True:
+            connection, _ = server.accept()
+            self.addCleanup(connection.close)
+            if connection.recv(65_536).startswith(b"POST"):
+                connection.sendall(answer("openai", "because"))
+                return
+
+
+class HeldByPanels(unittest.TestCase):
+    """The same, of councils and cascades: however a member, a step or the chairman fares."""
+
+    def setUp(self) -> None:
+        gc.collect()
+        gc.disable()
+        self.addCleanup(gc.enable)
+
+    def sit(self, *members: Reply, chair: Reply, status: int = 200, **fields: Any) -> None:
+        with Sitting(*members, chair=chair) as sitting:
+            self.assertEqual(status, sitting.ask(**fields).status)
+            wait_for(lambda: not left_over(), "the end of all that a council has made")
+
+    def test_a_council(self) -> None:
+        self.sit(said("a"), said("b"), chair=plain("c"))
+        self.sit(said("a"), said("b"), chair=said("c"), stream=True)
+
+    def test_a_member_that_fails(self) -> None:
+        self.sit(said("a"), BROKEN, said("c"), chair=plain("d"))
+
+    def test_a_chairman_that_fails(self) -> None:
+        self.sit(said("a"), said("b"), chair=BROKEN)
+
+    def test_no_quorum(self) -> None:
+        self.sit(BROKEN, BROKEN, chair=plain("c"), status=502)
+
+    def test_cascades(self) -> None:
+        """Its first does; its first fails; all fail."""
+        rows = ((plain("a"), plain("b"), 200), (BROKEN, plain("b"), 200), (BROKEN, BROKEN, 502))
+        for first, second, status in rows:
+            with self.subTest(status=status), Target(then=first) as one, Target(then=second) as two:
+                toml = chain(one.url, two.url)
+                toml += '[models.steps]\nkind = "cascade"\nmembers = ["first", "second"]\n'
+                with Daemon(toml.replace('fallback = ["second"]', "")) as daemon, daemon.client() as client:
+                    response = client.call("POST", CHAT, {"model": "steps", "messages": MESSAGES})
+                    self.assertEqual(status, response.status)
+                    wait_for(lambda: not left_over(), "the end of all that a cascade has made")
 
 
 if __name__ == "__main__":

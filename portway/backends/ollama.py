@@ -113,6 +113,7 @@ class OllamaAnswer:
 
     async def close(self) -> None:
         """See Answer.close."""
+        self._error = None
         if self._stream.done:
             await self._reply.settle()
         self._reply.close()

@@ -264,6 +264,7 @@ class StreamAnswer:
 
     async def close(self) -> None:
         """See Answer.close; also completes the tally with what was relayed unread."""
+        self._error = None
         if self._relay.ended:
             await self._reply.settle()
         self._reply.close()

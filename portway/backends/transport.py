@@ -18,7 +18,7 @@ from collections import deque
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from portway.errors import BackendError, ClientGone, NoThread, Stopping
+from portway.errors import BackendError, ClientGone, NoThread, Stopping, let_go
 from portway.loop import POLLIN, POLLOUT
 from portway.watch import NoClient
 from portway.wire.http1 import MAX_HEAD, BadMessage, ChunkedDecoder, Heads, ResponseHead, parse_response
@@ -532,14 +532,15 @@ class _Dialer:
         """
         until = min(time.monotonic() + limits.connect, limits.answer_by)
         addresses = await self._addresses(watch, until)
-        error: BackendError | None = None
+        first: BackendError | None = None
         for left, (family, address) in zip(range(len(addresses), 0, -1), addresses, strict=True):
             now = time.monotonic()
             try:
                 return await self._open(family, address, watch, now + (until - now) / left)
             except BackendError as exc:
-                error = error or exc
-        raise error or self._unreachable("the name has no address")
+                let_go(exc)
+                first = first or exc
+        raise first or self._unreachable("the name has no address")
 
     async def _open(self, family: int, address: Any, watch: Watch, until: float) -> socket.socket:
         try:

@@ -19,7 +19,7 @@ from portway.cache import replay
 from portway.call import Attempt, Composed, Tally, finish, pieces_of
 from portway.council.json_schema import mismatch
 from portway.council.nested import Bill, PanelFailed, Retelling, content_of, document, fate, refuse_others, within
-from portway.errors import BackendError, ClientError, PortwayError
+from portway.errors import BackendError, ClientError, PortwayError, let_go
 from portway.panels import Cascade
 from portway.wire.events import WireError, dumps, loads
 
@@ -150,6 +150,7 @@ class Step:
     def failed(self, error: PortwayError) -> None:
         """It has no answer, or broke it off."""
         self.reason, self.error = error.code or error.type, error
+        let_go(error)
         self.seconds = time.monotonic() - self.started
 
     def to_json(self) -> dict[str, Any]:
@@ -186,7 +187,7 @@ class CascadeAnswer(Composed):
         # asked for to be judged, not to be passed on; with tools, servers refuse them
         self._adds_logprobs = self._min_probability is not None and not any(map(call.body.get, ("logprobs", "tools")))
         self._open: tuple[Step, Served] | None = None  # whose answer is being read
-        self._pieces = self._told_pieces()
+        self._pieces: Iterator[bytes] | None = None  # from the first piece to the last, or to close()
 
     @property
     def served_by(self) -> str:
@@ -215,6 +216,8 @@ class CascadeAnswer(Composed):
 
     async def piece(self) -> bytes:
         """See Answer.piece."""
+        if self._pieces is None:
+            self._pieces = self._told_pieces()
         return next(self._pieces, b"")
 
     def _told_pieces(self) -> Iterator[bytes]:
@@ -239,6 +242,7 @@ class CascadeAnswer(Composed):
 
     async def close(self) -> None:
         """See Answer.close."""
+        self._pieces = None
         self._shut()
 
     def _shut(self) -> None:

@@ -47,7 +47,7 @@ from portway.council.prompts import (
     without_images,
     without_thinking,
 )
-from portway.errors import BackendError, ClientError, ClientGone, NoThread, PortwayError
+from portway.errors import BackendError, ClientError, ClientGone, NoThread, PortwayError, let_go
 from portway.panels import Council
 from portway.wire.events import loads
 
@@ -352,6 +352,7 @@ def _failed(seat: Seat, error: PortwayError) -> None:
         seat.status = "cut"
         return
     seat.error, seat.status, seat.text = error, error.code or error.type, ""
+    let_go(error)
 
 
 class LeashWatch:
@@ -443,7 +444,7 @@ class CouncilAnswer(Composed):
         self._chair = Seat("", charter.chairs[0], {})  # the chairman's own fate, told like a member's
         self._chair_taken = 0.0  # time.monotonic() when it was asked
         self._served: Served | None = None  # its answer, as long as that is open
-        self._pieces = self._told_pieces()
+        self._pieces: Iterator[bytes] | None = None  # from the first piece to the last, or to close()
 
     # what the client is told
 
@@ -497,6 +498,8 @@ class CouncilAnswer(Composed):
     async def piece(self) -> bytes:
         """See Answer.piece. The first word on the members' progress already counts as content: from then on
         nothing can be taken back, and a chairman that fails is dealt with in here."""
+        if self._pieces is None:
+            self._pieces = self._told_pieces()
         return next(self._pieces, b"")
 
     def _told_pieces(self) -> Iterator[bytes]:
@@ -521,6 +524,7 @@ class CouncilAnswer(Composed):
 
     async def close(self) -> None:
         """See Answer.close: all are sent home, and wait for no one."""
+        self._pieces = None
         self._meeting.end()
         if self._served is not None:
             await self._served.answer.close()
@@ -595,6 +599,7 @@ class CouncilAnswer(Composed):
             except PortwayError as error:
                 if isinstance(error, ClientError) or error.code == "bad_request":
                     raise  # the request itself is at fault
+                let_go(error)
                 failures.append(error)
                 if time.monotonic() >= self._deadline:
                     break
