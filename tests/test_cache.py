@@ -196,6 +196,7 @@ class Storing(InFolder):
 
     def test_many_threads(self):
         """Looking up and storing at the same time, from many threads, finds everything and raises nothing."""
+        self.enterContext(mock.patch.object(cache, "MAX_WAITING", 1000))
         made = self.a_cache()
         failed: list[int] = []
 
