@@ -126,6 +126,7 @@ class RealSystemdTest(unittest.TestCase):
             self.systemctl("stop", "--no-block", "portway.service")
             with RawClient(self.port) as late:
                 wait_for(lambda: late.call("GET", "/v1/models").status == 503, "its draining")
+            self.assertTrue(self.standin.wait_for(lambda standin: any(r.phase == "hang" for r in standin.requests)))
             self.standin.release()
             self.assertEqual("[DONE]", list(events)[-1].data)
         wait_for(lambda: not self.pid(), "its end")
