@@ -256,15 +256,15 @@ def _unused(*names: str) -> Iterator[None]:
             del sys.modules[name]
 
 
-def _openssl_of_hashlib() -> Iterator[str]:
-    """hashlib's way to OpenSSL, unless Python was built without hashes of its own, as Fedora's is."""
+def _openssl_of_hashlib() -> tuple[str, ...]:
+    """hashlib's way to OpenSSL, unless Python was built without hashes of its own (--with-builtin-hashlib-hashes)."""
     sha2 = ("_sha2",) if sys.version_info >= (3, 12) else ("_sha256", "_sha512")
     try:
         for name in ("_blake2", "_md5", "_sha1", "_sha3", *sha2):  # without one of them it would complain
             __import__(name)
     except ImportError:
-        return
-    yield "_hashlib"
+        return ()
+    return ("_hashlib",)
 
 
 def _check(options: dict[str, Any]) -> int:

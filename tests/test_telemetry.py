@@ -484,6 +484,17 @@ class Queue(InAFolder):
                 self.assertTrue(log.close(PATIENCE))
         self.assertEqual((200, True), (sum(sizes), len(sizes) < 20), sizes)
 
+    def test_large_bodies_are_not_gathered(self):
+        """As soon as those that wait hold much, they are written."""
+        bounds = {"GATHER": 10_000.0, "MAX_AT_ONCE": 99, "MAX_GATHERED": 150}
+        for name, value in bounds.items():
+            self.enterContext(mock.patch.object(telemetry, name, value))
+        log = self.log()
+        log.record(a_record(1, body={"prompt": "x"}, size=100))
+        wait_for(lambda: bool(vars(log._changed)["_waiters"]), "the writer's waiting for more")
+        log.record(a_record(2, body={"prompt": "x"}, size=100))
+        wait_for(lambda: log.written == 2, "both lines")
+
     def test_the_price_may_change(self):
         """From the next line on."""
         log = self.log(price=Price(1.0, 1.0))

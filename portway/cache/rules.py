@@ -115,8 +115,8 @@ def _seed(target: Model) -> bytes:
 
 
 def _key(seed: bytes, call: Call) -> bytes:
-    """Of a 2 KB body in 4 us, where json.dumps(sort_keys=True) of it took 8; of 200 KB in 175 us instead of 580, of
-    which the hash takes 170."""
+    """Of a 2 KB body in 4.5 us, where to hash json.dumps(sort_keys=True) of it takes 6; of 200 KB in 180 us instead of
+    565, of which the hash is 170."""
     body = call.body
     parts: list[str] = [call.endpoint]
     for name in sorted(body):

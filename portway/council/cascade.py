@@ -187,7 +187,7 @@ class CascadeAnswer(Composed):
         # asked for to be judged, not to be passed on; with tools, servers refuse them
         self._adds_logprobs = self._min_probability is not None and not any(map(call.body.get, ("logprobs", "tools")))
         self._open: tuple[Step, Served] | None = None  # whose answer is being read
-        self._pieces: Iterator[bytes] | None = None  # from the first piece to the last, or to close()
+        self._pieces = self._told_pieces()
 
     @property
     def served_by(self) -> str:
@@ -216,8 +216,6 @@ class CascadeAnswer(Composed):
 
     async def piece(self) -> bytes:
         """See Answer.piece."""
-        if self._pieces is None:
-            self._pieces = self._told_pieces()
         return next(self._pieces, b"")
 
     def _told_pieces(self) -> Iterator[bytes]:
@@ -242,7 +240,7 @@ class CascadeAnswer(Composed):
 
     async def close(self) -> None:
         """See Answer.close."""
-        self._pieces = None
+        self._pieces = iter(())  # the others would hold this answer, and be held by it
         self._shut()
 
     def _shut(self) -> None:

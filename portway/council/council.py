@@ -444,7 +444,7 @@ class CouncilAnswer(Composed):
         self._chair = Seat("", charter.chairs[0], {})  # the chairman's own fate, told like a member's
         self._chair_taken = 0.0  # time.monotonic() when it was asked
         self._served: Served | None = None  # its answer, as long as that is open
-        self._pieces: Iterator[bytes] | None = None  # from the first piece to the last, or to close()
+        self._pieces = self._told_pieces()
 
     # what the client is told
 
@@ -498,8 +498,6 @@ class CouncilAnswer(Composed):
     async def piece(self) -> bytes:
         """See Answer.piece. The first word on the members' progress already counts as content: from then on
         nothing can be taken back, and a chairman that fails is dealt with in here."""
-        if self._pieces is None:
-            self._pieces = self._told_pieces()
         return next(self._pieces, b"")
 
     def _told_pieces(self) -> Iterator[bytes]:
@@ -524,7 +522,7 @@ class CouncilAnswer(Composed):
 
     async def close(self) -> None:
         """See Answer.close: all are sent home, and wait for no one."""
-        self._pieces = None
+        self._pieces = iter(())  # the others would hold this answer, and be held by it
         self._meeting.end()
         if self._served is not None:
             await self._served.answer.close()

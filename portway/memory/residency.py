@@ -63,9 +63,10 @@ TOLERANCE = 10.0  # seconds by which an expires_at may differ from what keep_ali
 FOR_EVER = 1e8  # seconds; Ollama says "for ever" by a year far away
 SLOWEST = 150e6  # bytes a second that a first load is assumed to manage: a slow disk
 WINDOW = 4096  # tokens, where neither the configuration nor the server says: Ollama's default
-Others = Callable[[], Iterable["Model"]]
 _GONE = ("connect_failed", "connection_lost")  # what means that there is no server
 _SILENT = ("connect_timeout", "answer_timeout")  # and what, that it does not answer now
+
+Others = Callable[[], Iterable["Model"]]  # who comes after a target in its chain; seldom asked for
 
 
 # --- what the router holds ------------------------------------------------------------------------

@@ -17,15 +17,15 @@ def digest(texts: Sequence[str], start: bytes = b"") -> bytes:
     """32 bytes: of `start` and the texts, one behind the other. Lone surrogates, which JSON may hold, are texts too."""
     if max(map(len, texts), default=0) <= LONG:
         return blake2b(start + _utf8("".join(texts)), digest_size=SIZE).digest()
-    hash = blake2b(start, digest_size=SIZE)
+    hashed = blake2b(start, digest_size=SIZE)
     done = 0
     for at, text in enumerate(texts):
         if len(text) > LONG:
-            hash.update(_utf8("".join(texts[done:at])))
-            hash.update(_utf8(text))
+            hashed.update(_utf8("".join(texts[done:at])))
+            hashed.update(_utf8(text))
             done = at + 1
-    hash.update(_utf8("".join(texts[done:])))
-    return hash.digest()
+    hashed.update(_utf8("".join(texts[done:])))
+    return hashed.digest()
 
 
 def _utf8(text: str) -> bytes:
