@@ -54,7 +54,7 @@ class Backend:
     port: int
     base: str = ""
     api_key: str | None = None  # resolved
-    max_idle: int = 16  # kept-alive connections held for reuse
+    max_idle: int = 64  # kept-alive connections held for reuse; of more that are used at once, some are dialled anew
     local: bool | None = None  # whether its models are in this machine's memory; None = as its address says
     max_parallel: int | None = None  # requests sent to it at once; None = any number
     max_queue: int = 64  # requests that may wait for it

@@ -165,6 +165,19 @@ class Reuse(TransportCase):
         server.wait_closed(1)
         server.wait_closed(2)
 
+    def test_a_crowd_comes_back_to_its_connections(self):
+        """64 requests at once, again and again, need 64 of them by default: to close some each time and to make
+        others anew cost a quarter of the rate."""
+        server = ScriptedServer(then=OK)
+        self.addCleanup(server.stop)
+        pool = self.pool(Backend("b", "openai", server.url, "http", "127.0.0.1", server.port))
+        for _ in range(2):
+            replies = [self.open(pool) for _ in range(64)]
+            for reply in replies:
+                reply.read_all()
+                reply.close()
+        self.assertEqual(64, server.connections)
+
     def test_a_closed_pool_keeps_none(self):
         """Idle ones are closed at once, those in use as they come back; it still serves."""
         server, pool = self.serve(then=OK)
