@@ -30,7 +30,9 @@ if TYPE_CHECKING:
 POLLIN: Final = 1  # as select.POLLIN and select.EPOLLIN on every system
 POLLOUT: Final = 4
 HANGUP: Final = getattr(select, "POLLRDHUP", 0)  # an end that is seen without reading; Linux alone has it
-MAX_PUT_OFF = 32  # things put off; who only asks for stored answers gives no moment of rest
+# things put off; who only asks for stored answers gives no moment of rest, and one of so many waits for all
+# their lines: with 32 the slowest hundredth of hits took 0.47 ms, with 8 it takes 0.21
+MAX_PUT_OFF = 8
 REST = 0.001  # seconds without a task or an event after which what was put off is done
 _NEVER = float("inf")
 _MOVE = object()  # what a coroutine yields to be moved to a thread, or back; else it yields None

@@ -35,7 +35,7 @@ PATHS: Mapping[str, str] = {
 LOADING_PAUSE = 0.25  # seconds between two questions to a server that says "Loading model"; it offers no event
 LOADING_AGAIN = 10.0  # seconds after which a client may ask again for a model that is still being loaded
 MAX_HELD = 1_048_576  # bytes of a stream's events before the first content
-BATCH = 65_536  # bytes of relayed chunks that are counted at once: less than a millisecond, and never more are kept
+BATCH = 8192  # bytes of relayed chunks that are counted at once: 0.1 ms, in which other streams' chunks wait
 
 
 class OpenAIBackend:
