@@ -115,6 +115,11 @@ class Watch(Protocol):
         """The same for writing."""
         ...
 
+    async def send(self, sock: socket.socket, data: bytes | memoryview) -> int:
+        """sock.send(data), which does not wait for the socket; on the loop maybe for others who send, too. What it
+        raises is the socket's."""
+        ...
+
     async def pause(self, until: float) -> None:
         """Wait for nothing but the time; raises ClientGone like the others."""
         ...

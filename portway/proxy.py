@@ -284,7 +284,10 @@ class Handler(BaseHTTPRequestHandler):
             self._lost(exc)
 
     def _stirred_meanwhile(self, events: int) -> None:
-        """It is not idle: its request is under way."""
+        """It is not idle: its request is under way. While that sends, it is not disturbed: what has stirred will do so
+        again in the next round."""
+        if self.task.is_sending:
+            return
         try:
             if events & POLLOUT:
                 self._pay_some()
@@ -718,9 +721,10 @@ class Handler(BaseHTTPRequestHandler):
 
     # writing
 
-    async def send(self, data: bytes) -> None:
+    async def send(self, data: bytes, *, together: bool = False) -> None:
         """All of it, or OSError; a client that does not read fails it after server.write_timeout. While others
-        wait for the same answer, what it does not take is owed to it, up to MAX_KEPT."""
+        wait for the same answer, what it does not take is owed to it, up to MAX_KEPT. together: with what others send
+        in the same round of the loop; a stream's chunks wait for nobody."""
         if self._owed:
             self._owed += data
             del self._owed[: self._sent(self._owed)]
@@ -728,7 +732,7 @@ class Handler(BaseHTTPRequestHandler):
                 owed, self._owed = self._owed, bytearray()
                 await self._send_rest(memoryview(owed))
             return
-        sent = self._sent(data)
+        sent = await self._sent_together(data) if together and self.task.on_loop else self._sent(data)
         if sent < len(data):
             await self._send_rest(memoryview(data)[sent:])
 
@@ -782,12 +786,18 @@ class Handler(BaseHTTPRequestHandler):
         except BlockingIOError:
             return 0
 
+    async def _sent_together(self, data: bytes) -> int:
+        try:
+            return await self.task.send(self.connection, data)
+        except BlockingIOError:
+            return 0
+
     async def respond(self, status: int, fields: bytes, body: bytes, kind: str = "application/json") -> None:
         """A whole answer in one write. fields: further header fields, as `fields_of` makes them."""
         if status != 204:
             fields = b"Content-Type: %b\r\nContent-Length: %d\r\n%b" % (kind.encode(), len(body), fields)
         head = self.head_bytes(status, fields)
-        await self.send(head if self.head.method == "HEAD" else head + body)
+        await self.send(head if self.head.method == "HEAD" else head + body, together=True)
 
     def head_bytes(self, status: int, fields: bytes) -> bytes:
         """The head of the answer to the present request."""

@@ -63,6 +63,10 @@ class ClientWatch:
         """See Watch.writable."""
         return self._wait(sock, POLLOUT, until)
 
+    def send(self, sock: socket.socket, data: bytes | memoryview) -> Coroutine[Any, Any, int]:
+        """See Watch.send."""
+        return self._task.send(sock, data) if self._task is not None and self._task.on_loop else _sent(sock, data)
+
     async def pause(self, until: float) -> None:
         """See Watch.pause."""
         await self._wait(None, 0, until)
@@ -169,6 +173,10 @@ class NoClient:
         """See Watch.writable."""
         return _ready(sock, POLLOUT, until)
 
+    def send(self, sock: socket.socket, data: bytes | memoryview) -> Coroutine[Any, Any, int]:
+        """See Watch.send."""
+        return _sent(sock, data)
+
     async def pause(self, until: float) -> None:
         """See Watch.pause."""
         time.sleep(max(0.0, until - time.monotonic()))
@@ -178,6 +186,10 @@ class NoClient:
 
     async def on_loop(self) -> None:
         """See Watch.on_loop."""
+
+
+async def _sent(sock: socket.socket, data: bytes | memoryview) -> int:
+    return sock.send(data)
 
 
 def _ready(sock: socket.socket, events: int, until: float) -> bool:

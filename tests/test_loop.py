@@ -8,16 +8,19 @@ import os
 import select
 import selectors
 import socket
+import tempfile
 import threading
 import time
 import unittest
 from collections.abc import Callable, Coroutine
+from pathlib import Path
 from typing import Any, TypeVar
 from unittest import mock
 
 from portway import loop as loops
 from portway.errors import ClientGone, NoThread
 from portway.loop import POLLIN, POLLOUT, Loop, Poller, SelectorPoller, Task
+from portway.telemetry import Log
 from portway.workers import Workers
 from tests.daemon import Daemon
 from tests.doubles import HANG, Action, RawClient
@@ -653,6 +656,115 @@ class Attached(LoopCase):
         self.assertIs(True, running.start(lambda task: task.wait(ours, POLLIN, later())).result())
 
 
+class Crowd:
+    """Tasks that all wake in one round; then each takes its turn and sends b"hello" to a peer of its own."""
+
+    def __init__(
+        self, case: LoopCase, running: Running, count: int, turn: Callable[[Crowd, int], None] = lambda *_: None
+    ) -> None:
+        self.bells = [case.pair() for _ in range(count)]
+        self.lines = [case.pair() for _ in range(count)]
+        self.sent: list[object] = [None] * count
+        self._turn = turn
+        self.jobs = [running.start(functools.partial(self._work, number=number)) for number in range(count)]
+        running.call(lambda: [theirs.send(b"x") for _, theirs in self.bells])
+
+    async def _work(self, task: Task, number: int) -> object:
+        await task.wait(self.bells[number][0], POLLIN, later())
+        self._turn(self, number)
+        try:
+            self.sent[number] = await task.send(self.lines[number][0], b"hello")
+        except OSError as exc:
+            self.sent[number] = type(exc)
+        if self.sent[number] is BrokenPipeError:
+            raise RuntimeError("a mistake")
+        return self.sent[number]
+
+    def wait(self) -> None:
+        """Until all have ended."""
+        for job in self.jobs:
+            if not job.is_over.wait(LONG):
+                raise AssertionError("a task has not ended")
+
+    @property
+    def arrived(self) -> int:
+        """How many peers have something to read."""
+        return len(select.select([theirs for _, theirs in self.lines], [], [], 0)[0])
+
+
+class SendingTogether(LoopCase):
+    @each_poller
+    def test_once_all_have_had_their_turn(self, running: Running) -> None:
+        """Then all of it goes out, and each hears how much its socket took."""
+        seen: list[int] = []
+        crowd = Crowd(self, running, 4, lambda crowd, _number: seen.append(crowd.arrived))
+        crowd.wait()
+        self.assertEqual([5] * 4, crowd.sent)
+        self.assertEqual([b"hello"] * 4, [theirs.recv(10) for _, theirs in crowd.lines])
+        self.assertEqual([0] * 4, seen)
+
+    @each_poller
+    def test_so_many_wait_for_one_another(self, running: Running) -> None:
+        """No more: those behind them have their turn after these have sent."""
+        seen: list[int] = []
+        with mock.patch.object(loops, "TOGETHER", 2):
+            Crowd(self, running, 5, lambda crowd, _number: seen.append(crowd.arrived)).wait()
+        self.assertEqual([0, 0, 2, 2, 4], seen)
+
+    @each_poller
+    def test_alone(self, running: Running) -> None:
+        """Who is the only one does not wait at all."""
+        ours, theirs = self.pair()
+        job = running.start(lambda task: task.send(ours, b"hello"))
+        self.assertFalse(job.task.busy)
+        self.assertEqual((5, b"hello"), (job.result(), theirs.recv(10)))
+        with mock.patch.object(running.loop, "hold_back", side_effect=AssertionError):
+            crowd = Crowd(self, running, 1)
+            crowd.wait()
+        self.assertEqual([5], crowd.sent)
+
+    @each_poller
+    def test_what_a_socket_does_not_take(self, running: Running) -> None:
+        """Is told where it was sent, as the socket tells it, and is no matter of the others'."""
+        crowd = Crowd(self, running, 4, self._trouble)
+        crowd.wait()
+        self.assertEqual([5, BlockingIOError, OSError, 5], crowd.sent)
+        self.assertEqual([b"hello"] * 2, [crowd.lines[number][1].recv(10) for number in (0, 3)])
+        self.assertEqual([], running.reported)
+
+    def _trouble(self, crowd: Crowd, number: int) -> None:
+        if number == 1:
+            self.fill(crowd.lines[1][0])
+        elif number == 2:
+            crowd.lines[2][0].close()
+
+    @each_poller
+    def test_a_mistake_of_one(self, running: Running) -> None:
+        """Costs no other its turn, whether it was held back or was the last one."""
+        for mistaken in range(3):
+            crowd = Crowd(self, running, 3, lambda crowd, number, bad=mistaken: self._break(crowd, number, bad))  # type: ignore[misc]
+            crowd.wait()
+            self.assertEqual([5, 5], [count for count in crowd.sent if count is not BrokenPipeError])
+            self.assertEqual(["a mistake"] * (mistaken + 1), list(map(str, running.reported)))
+
+    def _break(self, crowd: Crowd, number: int, mistaken: int) -> None:
+        if number == mistaken:
+            crowd.lines[number][1].close()
+
+    @each_poller
+    def test_nobody_disturbs_it(self, running: Running) -> None:
+        """Who is held back is known to be, as long as that lasts."""
+        seen: list[int] = []
+
+        def turn(crowd: Crowd, _number: int) -> None:
+            seen.append(sum(job.task.is_sending for job in crowd.jobs))
+
+        crowd = Crowd(self, running, 3, turn)
+        crowd.wait()
+        self.assertEqual([0, 1, 2], seen)
+        self.assertEqual([False] * 3, [job.task.is_sending for job in crowd.jobs])
+
+
 class Descriptors(LoopCase):
     @each_poller
     def test_a_number_used_again(self, running: Running) -> None:
@@ -1044,6 +1156,25 @@ class PortableTest(unittest.TestCase):
             chunks = [json.loads(event.data) for event in slow.events(head) if event.data not in (None, "[DONE]")]
         self.assertEqual(len("first") + 400 * len(text), len(text_of(chunks)))
 
+    def test_a_slow_reader_of_whole_answers(self) -> None:
+        """Who asks for several before it reads the first gets all of them, one behind the other, also where there is
+        no room at all for the next one at first."""
+
+        async def send(_task: Task, sock: socket.socket, data: bytes) -> int:
+            if data.startswith(b"HTTP/"):
+                raise BlockingIOError
+            return sock.send(data)
+
+        self.enterContext(mock.patch.object(Task, "send", send))
+        text = "x" * 6_000_000
+        with Target(then=answer("openai", text)) as first:
+            client = self.client(self.daemon(first))
+            for _ in range(3):
+                client.request("POST", CHAT, {"model": "first", "messages": MESSAGES})
+            wait_for(lambda: len(first.asked) == 1, "the first request")
+            said = [client.response().json["choices"][0]["message"]["content"] for _ in range(3)]
+        self.assertEqual([text] * 3, said)
+
     def test_one_that_does_not_read(self) -> None:
         """After server.write_timeout it is given up, and the backend with it."""
         script: list[Action] = [begun("openai", "first"), *[part("openai", "x" * 50_000)] * 1000, HANG]
@@ -1052,6 +1183,123 @@ class PortableTest(unittest.TestCase):
             client.request("POST", CHAT, {"model": "first", "messages": MESSAGES, "stream": True})
             client.head()
             first.wait_closed(first.asked[0].connection)
+
+
+class ClientsLast:
+    """A Poller that tells of clients behind all others, so that a test knows the order of a round."""
+
+    def __init__(self, of: Poller, clients: set[int]) -> None:
+        self.register, self.modify, self.unregister, self.close = of.register, of.modify, of.unregister, of.close
+        self._poll = of.poll
+        self._clients = clients
+
+    def poll(self, timeout: float) -> list[tuple[int, int]]:
+        return sorted(self._poll(timeout), key=lambda each: each[0] in self._clients)
+
+
+class AnsweredTogether(unittest.TestCase):
+    """Two clients whose answers come in within one round of the loop."""
+
+    def setUp(self) -> None:
+        self.gate, self.go = threading.Event(), threading.Event()
+        self.target = self.enterContext(Target(then=[self.gate, answer("openai", "hello")]))
+        folder = self.enterContext(tempfile.TemporaryDirectory())
+        self.path = Path(folder) / "log.jsonl"
+        self.log = Log(str(self.path))
+        self.addCleanup(self.log.close, LONG)
+        self.daemon = self.enterContext(Daemon(chain(self.target.url), log=self.log))
+        self.server = self.daemon._daemon._server
+        self.addCleanup(self.go.set)
+        self.clients = [self.enterContext(self.daemon.client()) for _ in range(2)]
+        self.ask()
+        wait_for(lambda: len(self.target.asked) == 2, "both requests")
+
+    def ask(self) -> None:
+        for client in self.clients:
+            client.request("POST", CHAT, {"model": "first", "messages": MESSAGES})
+
+    def in_one_round(self, meanwhile: Callable[[], object] = lambda: None) -> mock.Mock:
+        """Both answers come in, and then what happens meanwhile, before the loop looks again. Gives what is called to
+        hold something back."""
+        backends = [entry.sock for entry in self.server.loop._entries.values() if entry.task is not None]
+        return self.holding(self.gate.set, backends, meanwhile)
+
+    def holding(
+        self, begin: Callable[[], object], on: list[socket.socket], meanwhile: Callable[[], object] = lambda: None
+    ) -> mock.Mock:
+        is_held = threading.Event()
+
+        def hold() -> None:
+            is_held.set()
+            self.go.wait(LONG)
+
+        self.server.loop.post(hold)
+        self.assertTrue(is_held.wait(LONG))
+        begin()
+        wait_for(lambda: len(select.select(on, [], [], 0)[0]) == 2, "what comes in twice")
+        meanwhile()
+        clients = {handler.connection.fileno() for handler in self.server._open}
+        self.server.loop._poller = ClientsLast(self.server.loop._poller, clients)
+        watched = mock.patch.object(self.server.loop, "hold_back", wraps=self.server.loop.hold_back)
+        held_back = self.enterContext(watched)
+        self.go.set()
+        return held_back
+
+    def leave(self) -> None:
+        self.clients[1].close()
+        at_daemon = [handler.connection for handler in self.server._open]
+        wait_for(lambda: bool(select.select(at_daemon, [], [], 0)[0]), "the end of a client")
+
+    def lines(self) -> list[tuple[int, str | None]]:
+        wait_for(lambda: self.log.written == 2, "two lines in the log")
+        lines = map(json.loads, self.path.read_text().splitlines())
+        return [(line["status"], line["cancelled_in"]) for line in lines]
+
+    def said(self) -> list[str]:
+        return [client.response().json["choices"][0]["message"]["content"] for client in self.clients]
+
+    def test_answers(self) -> None:
+        """The first of both is held back for the other."""
+        held_back = self.in_one_round()
+        self.assertEqual(["hello", "hello"], self.said())
+        ((_task, sock, _data),) = [call.args for call in held_back.call_args_list]
+        self.assertIn(sock.getpeername()[1], [client.sock.getsockname()[1] for client in self.clients])
+
+    def test_requests(self) -> None:
+        """Likewise, and the connections go on."""
+        self.gate.set()
+        self.assertEqual(["hello", "hello"], self.said())
+        at_daemon = [handler.connection for handler in self.server._open]
+        held_back = self.holding(self.ask, at_daemon)
+        self.assertEqual(["hello", "hello"], self.said())
+        peers = [call.args[1].getpeername()[1] for call in held_back.call_args_list]
+        self.assertIn(self.target.port, peers)
+
+    def test_on_a_worker(self) -> None:
+        """There nothing is held back, whatever the loop is about to do meanwhile."""
+
+        def render() -> bytes:
+            self.server.loop.holds_back = True
+            return b"numbers"
+
+        self.enterContext(mock.patch.object(self.daemon._daemon.metrics, "render", render))
+        held_back = self.enterContext(mock.patch.object(self.server.loop, "hold_back"))
+        with self.daemon.client() as client:
+            self.assertEqual(b"numbers", client.call("GET", "/metrics").body)
+        held_back.assert_not_called()
+
+    def test_a_client_that_leaves_in_the_same_round(self) -> None:
+        """Its answer is sent all the same: it is no client that left before it had one."""
+        self.in_one_round(self.leave)
+        self.assertEqual("hello", self.clients[0].response().json["choices"][0]["message"]["content"])
+        self.assertEqual([(200, None)] * 2, self.lines())
+        wait_for(lambda: self.daemon.connections == 1, "the end of its connection")
+
+    def test_a_daemon_that_ends_in_the_same_round(self) -> None:
+        """The answers that are there are sent, and not the word that it ends."""
+        self.in_one_round(self.server.cut)
+        self.assertEqual([200, 200], [client.response().status for client in self.clients])
+        self.assertEqual([(200, None)] * 2, self.lines())
 
 
 if __name__ == "__main__":

@@ -47,11 +47,11 @@ class Patience:
     is for an answer in one piece, of which nothing can be known but whether it came by `answer_by`.
     """
 
-    __slots__ = ("_heard", "_limits", "_plain", "_started")
+    __slots__ = ("_heard", "_limits", "_started", "plain")
 
     def __init__(self, limits: Limits, *, plain: bool = False) -> None:
         self._limits = limits
-        self._plain = plain
+        self.plain = plain
         self._started = time.monotonic()
         self._heard: float | None = None  # when the last content came
 
@@ -69,7 +69,7 @@ class Patience:
         limits = self._limits
         if self._heard is not None:
             return min(self._heard + limits.idle, limits.deadline)
-        if self._plain:
+        if self.plain:
             return limits.answer_by
         return min(self._started + limits.first_token, limits.answer_by)
 
@@ -78,7 +78,7 @@ class Patience:
         limits = self._limits
         waited = time.monotonic() - self._started
         if self._heard is None:
-            reason = "answer_timeout" if self._plain else "first_token_timeout"
+            reason = "answer_timeout" if self.plain else "first_token_timeout"
             return BackendError(reason, f"no answer within {waited:.1f} s")
         if time.monotonic() >= limits.deadline:
             return BackendError("total_timeout", f"the answer was not complete after {waited:.1f} s")
@@ -396,7 +396,7 @@ class _Connection:
         while True:
             wanted = POLLOUT
             try:
-                sent = self._sock.send(view)
+                sent = await watch.send(self._sock, view) if patience.plain else self._sock.send(view)
                 if sent == len(view):
                     self._sent_all = True
                     return

@@ -16,7 +16,7 @@ import select
 import socket
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Generic, Self, TypeVar
 
@@ -332,6 +332,9 @@ class _LeaderWatch:
             except _LEFT as exc:
                 self._leader.client_left(exc)
         return await self._wait(sock, select.POLLOUT, until)
+
+    def send(self, sock: socket.socket, data: bytes | memoryview) -> Coroutine[Any, Any, int]:
+        return self._client.send(sock, data)  # nobody leaves meanwhile, but for one who has left and moved on
 
     async def pause(self, until: float) -> None:
         if self._leader.gone is None:

@@ -371,6 +371,10 @@ class LeashWatch:
         """See Watch.writable."""
         return self._wait(sock.fileno(), select.POLLOUT, until)
 
+    async def send(self, sock: socket.socket, data: bytes | memoryview) -> int:
+        """See Watch.send."""
+        return sock.send(data)
+
     async def pause(self, until: float) -> None:
         """See Watch.pause."""
         self._wait(-1, 0, until)
