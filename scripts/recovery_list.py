@@ -11,6 +11,7 @@ _MATRIX = ("tests.test_torture_faults.MatrixTest.test_half_of_it",)
 _HEARTBEATS = ("tests.test_torture_faults.MatrixTest.test_with_heartbeats",)
 _SHARED = "tests.test_shared.Leaving."
 _TORTURE = "tests.test_torture_load.TortureTest."
+_TOGETHER = "tests.test_loop.AnsweredTogether"
 _HELD = "tests.test_held.Held."
 
 
@@ -49,8 +50,8 @@ _LIMITS = (
         "a plain answer leaves its fallbacks their share of the time",
         _in(
             "backends/transport.py",
-            "        if self._plain:\n            return limits.answer_by",
-            "        if self._plain:\n            return limits.deadline",
+            "        if self.plain:\n            return limits.answer_by",
+            "        if self.plain:\n            return limits.deadline",
         ),
         _MATRIX,
     ),
@@ -213,6 +214,20 @@ _CHAINS = (
         "nothing follows an answer that is cut off",
         _in("proxy.py", "        if self._torn:\n", "        if False:\n"),
         (f"{_SHARED}test_nothing_follows_what_is_cut_off",),
+    ),
+    Guard(
+        "who leaves while its answer is about to be sent has had one, and the daemon's end cuts off none of these",
+        _in("proxy.py", "        if self.task.is_sending:\n            return\n", ""),
+        (_TOGETHER,),
+    ),
+    Guard(
+        "a mistake in one request leaves no other unanswered that was to be sent with it",
+        _in(
+            "loop.py",
+            "        if self._held_back or self._sent:\n            self._send()",
+            "        if False:\n            pass",
+        ),
+        ("tests.test_loop.SendingTogether.test_a_mistake_of_one",),
     ),
     Guard(
         "what was sent to a client that has gone is forgotten at once",
