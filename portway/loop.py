@@ -36,7 +36,7 @@ HANGUP: Final = getattr(select, "POLLRDHUP", 0)  # an end that is seen without r
 # things put off; who only asks for stored answers gives no moment of rest, and one of so many waits for all
 # their lines: with 32 the slowest hundredth of hits took 0.47 ms, with 8 it takes 0.21
 MAX_PUT_OFF = 8
-TOGETHER = 16  # sends that wait for one another: what comes first in a long round is not to wait for all of it
+TOGETHER = 16  # events of a round for which a send waits: what comes first in a long round is not to wait for all of it
 REST = 0.001  # seconds without a task or an event after which what was put off is done
 _NEVER = float("inf")
 _MOVE = object()  # what a coroutine yields to be moved to a thread, or back; else it yields None
@@ -44,11 +44,6 @@ _MOVE = object()  # what a coroutine yields to be moved to a thread, or back; el
 
 @coroutine
 def _suspended() -> Generator[object, bool, bool]:
-    return (yield None)
-
-
-@coroutine
-def _held_back() -> Generator[object, int, int]:
     return (yield None)
 
 
@@ -67,7 +62,9 @@ class Task:
 
     __slots__ = (
         "_coroutine",
+        "_count",
         "_entry",
+        "_error",
         "_loop",
         "_starting",
         "busy",
@@ -97,6 +94,8 @@ class Task:
         self._loop = loop
         self._coroutine: Coroutine[Any, Any, None] | None = None
         self._entry: _Entry | None = None
+        self._count = 0  # what the socket has taken, or said, of what was held back
+        self._error: Exception | None = None
         self._starting = False
 
     def start(self, work: Coroutine[Any, Any, None]) -> None:
@@ -119,7 +118,14 @@ class Task:
         if not self._loop.holds_back:
             return sock.send(data)
         self._loop.hold_back(self, sock, data)
-        return await _held_back()
+        await _suspended()
+        error, self._error = self._error, None
+        try:
+            if error is not None:
+                raise error
+            return self._count
+        finally:
+            del error  # whose traceback has this frame: a cycle, and the data in it
 
     async def move(self) -> None:
         """Go on, on a worker. Only on the loop. Raises NoThread, still on the loop, if there is none."""
@@ -143,16 +149,23 @@ class Task:
         """End its wait."""
         self._step(ready)
 
-    def sent(self, count: int, error: OSError | None) -> None:
-        """What was held back is sent, or was not."""
+    def send_now(self, sock: socket.socket, data: bytes | memoryview) -> None:
+        """What was held back; `was_sent` is to follow."""
+        try:
+            self._count = sock.send(data)
+        except Exception as exc:  # noqa: BLE001 - whatever it is, it is the matter of who sends
+            self._error = exc
+
+    def was_sent(self) -> None:
+        """Behind what was held back."""
         self.is_sending = False
-        self._step(count, error)
+        self._step(None)
 
     def expects(self, entry: _Entry | None, until: float) -> None:
         """What it waits for from now on."""
         self._entry, self.until = entry, until
 
-    def _step(self, value: int | None, error: BaseException | None = None) -> None:
+    def _step(self, value: bool | None, error: BaseException | None = None) -> None:
         entry, self._entry = self._entry, None
         if entry is not None:
             if entry.others:
@@ -259,7 +272,7 @@ class Loop:
         self._put_off: deque[Callable[[], None]] = deque()
         self.holds_back = False  # who sends now is not the last one awake in this round
         self._held_back: deque[tuple[Task, socket.socket, bytes | memoryview]] = deque()
-        self._sent: deque[tuple[Task, int, OSError | None]] = deque()  # and its task does not know yet
+        self._sent: deque[Task] = deque()  # who has sent, and does not know yet
         self._mouth, self._ear = socket.socketpair()
         self._mouth.setblocking(False)
         self._ear.setblocking(False)
@@ -303,24 +316,29 @@ class Loop:
                 except Exception as exc:  # noqa: BLE001 - reported
                     report(exc)
                     now = time.monotonic()
+            self._send()
             self._catch_up()
         finally:
             self._stopped.set()
 
     def _round(self, now: float, until: float) -> float:
         """Wait, until then at most, and deal with what has happened. now: time.monotonic(); returns it anew."""
+        self.holds_back = False
         if self._held_back or self._sent:
             self._send()  # what a mistake has left of the last round
         left = min(self._next, until, now + REST if self._put_off else until) - now
         ready = self._poller.poll(max(0.0, left))
         self._rounds += 1
-        behind = len(ready)
+        behind, waited = len(ready), 0
         for fd, events in ready:
             behind -= 1
             self.holds_back = behind > 0
             self._deal_with(fd, events)
-            if self._held_back and (not behind or len(self._held_back) >= TOGETHER):
-                self._send()
+            if self._held_back:
+                waited += 1
+                if not behind or waited >= TOGETHER:
+                    waited = 0
+                    self._send()
         now = time.monotonic()
         if now >= self._next:
             self._expire(now)
@@ -340,7 +358,7 @@ class Loop:
             self._forget(fd)
 
     def hold_back(self, task: Task, sock: socket.socket, data: bytes | memoryview) -> None:
-        """What `task` sends; it has to suspend next, and hears by `sent` what came of it."""
+        """What `task` sends; it has to suspend next."""
         task.is_sending = True
         self._held_back.append((task, sock, data))
 
@@ -349,13 +367,10 @@ class Loop:
         does, the others have their turn in the next round."""
         while self._held_back:
             task, sock, data = self._held_back.popleft()
-            try:
-                self._sent.append((task, sock.send(data), None))
-            except OSError as exc:
-                self._sent.append((task, 0, exc))
+            task.send_now(sock, data)
+            self._sent.append(task)
         while self._sent:
-            task, count, error = self._sent.popleft()
-            task.sent(count, error)
+            self._sent.popleft().was_sent()
 
     def _catch_up(self) -> None:
         """Do what was put off; what puts off more has its turn the next time."""

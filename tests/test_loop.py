@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import gc
 import json
 import os
 import select
@@ -12,6 +13,7 @@ import tempfile
 import threading
 import time
 import unittest
+import weakref
 from collections.abc import Callable, Coroutine
 from pathlib import Path
 from typing import Any, TypeVar
@@ -656,18 +658,35 @@ class Attached(LoopCase):
         self.assertIs(True, running.start(lambda task: task.wait(ours, POLLIN, later())).result())
 
 
+class Last:
+    """A Poller that tells of these descriptors behind all others, so that a test knows the order of a round."""
+
+    def __init__(self, of: Poller, last: set[int]) -> None:
+        self.register, self.modify, self.unregister, self.close = of.register, of.modify, of.unregister, of.close
+        self._poll = of.poll
+        self._last = last
+
+    def poll(self, timeout: float) -> list[tuple[int, int]]:
+        return sorted(self._poll(timeout), key=lambda each: each[0] in self._last)
+
+
 class Crowd:
     """Tasks that all wake in one round; then each takes its turn and sends b"hello" to a peer of its own."""
 
     def __init__(
-        self, case: LoopCase, running: Running, count: int, turn: Callable[[Crowd, int], None] = lambda *_: None
+        self,
+        case: LoopCase,
+        running: Running,
+        count: int,
+        turn: Callable[[Crowd, int], None] = lambda *_: None,
+        before: Callable[[], object] = lambda: None,
     ) -> None:
         self.bells = [case.pair() for _ in range(count)]
         self.lines = [case.pair() for _ in range(count)]
         self.sent: list[object] = [None] * count
         self._turn = turn
         self.jobs = [running.start(functools.partial(self._work, number=number)) for number in range(count)]
-        running.call(lambda: [theirs.send(b"x") for _, theirs in self.bells])
+        running.call(lambda: [before(), *(theirs.send(b"x") for _, theirs in self.bells)])
 
     async def _work(self, task: Task, number: int) -> object:
         await task.wait(self.bells[number][0], POLLIN, later())
@@ -750,6 +769,118 @@ class SendingTogether(LoopCase):
     def _break(self, crowd: Crowd, number: int, mistaken: int) -> None:
         if number == mistaken:
             crowd.lines[number][1].close()
+
+    @each_poller
+    def test_whatever_else_there_is_in_a_round(self, running: Running) -> None:
+        """Counts, too: behind many who send nothing it is sent before they all have had their turn."""
+        seen: list[int] = []
+        bell, line, others = self.pair(), self.pair(), [self.pair() for _ in range(4)]
+
+        async def work(task: Task) -> int:
+            await task.wait(bell[0], POLLIN, later())
+            return await task.send(line[0], b"hello")
+
+        def stirred(_events: int, ours: socket.socket) -> None:
+            ours.recv(1)
+            seen.append(len(select.select([line[1]], [], [], 0)[0]))
+
+        def all_at_once() -> None:
+            for ours, theirs in others:
+                running.loop.attach(ours, functools.partial(stirred, ours=ours))
+                theirs.send(b"x")
+            bell[1].send(b"x")
+
+        job = running.start(work)
+        running.loop._poller = Last(running.loop._poller, {ours.fileno() for ours, _ in others})
+        with mock.patch.object(loops, "TOGETHER", 3):
+            running.call(all_at_once)
+            self.assertEqual(5, job.result())
+            wait_for(lambda: len(seen) == 4, "the others' turn")
+        self.assertEqual([0, 0, 1, 1], seen)
+
+    @each_poller
+    def test_what_no_socket_should_say(self, running: Running) -> None:
+        """Is the matter of who sends, like all that it says: no request is lost for it."""
+
+        def turn(crowd: Crowd, number: int) -> None:
+            if number == 1:
+                crowd.lines[1] = mock.Mock(**{"send.side_effect": MemoryError}), crowd.lines[1][1]
+
+        crowd = Crowd(self, running, 3, turn)
+        crowd.wait()
+        self.assertEqual([5, None, 5], crowd.sent)
+        self.assertEqual([MemoryError], list(map(type, running.reported)))
+
+    @each_poller
+    def test_after_a_mistake_in_the_middle_of_a_round(self, running: Running) -> None:
+        """Who is woken by the time is not held back for those who had their turn no more."""
+        first, second, line = self.pair(), self.pair(), self.pair()
+
+        def stirred(_events: int) -> None:
+            for ours, _ in (first, second):
+                running.loop.detach(ours)
+            raise RuntimeError("a mistake")
+
+        def begin() -> None:
+            for ours, theirs in (first, second):
+                running.loop.attach(ours, stirred)
+                theirs.send(b"x")
+
+        async def work(task: Task) -> int:
+            await task.wait(None, 0, later(SHORT))
+            return await task.send(line[0], b"hello")
+
+        with mock.patch.object(running.loop, "hold_back", side_effect=AssertionError):
+            job = running.start(work)
+            running.call(begin)
+            self.assertEqual(5, job.result())
+        self.assertEqual(["a mistake"], list(map(str, running.reported)))
+
+    @each_poller
+    def test_a_mistake_in_the_last_round(self, running: Running) -> None:
+        """What was held back in it is sent before the loop ends."""
+        last = self.pair()
+
+        def stirred(_events: int) -> None:
+            running.loop._stopping = True
+            raise RuntimeError("a mistake")
+
+        def turn(crowd: Crowd, _number: int) -> None:
+            seen.append(crowd.arrived)
+
+        seen: list[int] = []
+        running.loop._poller = Last(running.loop._poller, {last[0].fileno()})
+        running.call(lambda: running.loop.attach(last[0], stirred))
+        crowd = Crowd(self, running, 2, turn, before=lambda: last[1].send(b"x"))
+        running.thread.join(LONG)
+        self.assertEqual(([5, 5], [0, 0], 1), (crowd.sent, seen, len(running.reported)))
+        self.assertEqual([b"hello"] * 2, [theirs.recv(10) for _, theirs in crowd.lines])
+
+    @each_poller
+    def test_nothing_of_it_stays(self, running: Running) -> None:
+        """What could not be sent is gone with who sent it, not with the next collection of garbage."""
+        gc.disable()
+        self.addCleanup(gc.enable)
+        held: list[weakref.ref[memoryview]] = []
+        bells, lines = [self.pair() for _ in range(3)], [self.pair() for _ in range(3)]
+
+        async def work(task: Task, number: int) -> None:
+            await task.wait(bells[number][0], POLLIN, later())
+            data = memoryview(b"hello")
+            held.append(weakref.ref(data))
+            try:
+                await task.send(lines[number][0], data)
+            except OSError:
+                return
+
+        jobs = [running.start(functools.partial(work, number=number)) for number in range(3)]
+        for ours, _ in lines:
+            ours.close()
+        running.call(lambda: [theirs.send(b"x") for _, theirs in bells])
+        for job in jobs:
+            job.result()
+        running.call(lambda: None)
+        self.assertEqual([None] * 3, [each() for each in held])
 
     @each_poller
     def test_nobody_disturbs_it(self, running: Running) -> None:
@@ -1185,18 +1316,6 @@ class PortableTest(unittest.TestCase):
             first.wait_closed(first.asked[0].connection)
 
 
-class ClientsLast:
-    """A Poller that tells of clients behind all others, so that a test knows the order of a round."""
-
-    def __init__(self, of: Poller, clients: set[int]) -> None:
-        self.register, self.modify, self.unregister, self.close = of.register, of.modify, of.unregister, of.close
-        self._poll = of.poll
-        self._clients = clients
-
-    def poll(self, timeout: float) -> list[tuple[int, int]]:
-        return sorted(self._poll(timeout), key=lambda each: each[0] in self._clients)
-
-
 class AnsweredTogether(unittest.TestCase):
     """Two clients whose answers come in within one round of the loop."""
 
@@ -1239,7 +1358,7 @@ class AnsweredTogether(unittest.TestCase):
         wait_for(lambda: len(select.select(on, [], [], 0)[0]) == 2, "what comes in twice")
         meanwhile()
         clients = {handler.connection.fileno() for handler in self.server._open}
-        self.server.loop._poller = ClientsLast(self.server.loop._poller, clients)
+        self.server.loop._poller = Last(self.server.loop._poller, clients)
         watched = mock.patch.object(self.server.loop, "hold_back", wraps=self.server.loop.hold_back)
         held_back = self.enterContext(watched)
         self.go.set()

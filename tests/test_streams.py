@@ -266,10 +266,12 @@ class HeartbeatTest(unittest.TestCase):
                     client.request("POST", CHAT, STREAM)
                     head = client.head()
                     events = client.events(head)
+                    content = json.loads(next(event.data for event in events if event.data))
                     self.assertIsNotNone(next(event for event in events if event.comment == "portway"))
                     gate.set()
                     rest = list(events)
-                self.assertEqual("first", head.header("x-served-by"))
+                # a machine that is slow has filled the silence before the content, too, with the head
+                self.assertEqual("first", head.header("x-served-by") or content["portway"]["served_by"])
                 self.assertEqual("[DONE]", rest[-1].data)
 
     def test_none_for_a_plain_answer(self):
