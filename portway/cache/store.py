@@ -213,7 +213,7 @@ class Cache:
 
     def count(self, key: bytes, model: str, *, hit: bool) -> None:
         """Count a look-up, as `get` does it by itself: for who learns only later whether it was a hit."""
-        with self._changed:
+        with self._lock:  # which is _changed's, too, without two calls of Python
             if self._readers is None:
                 return
             counts = self._counts.get(model) or self._counts.setdefault(model, Counts())
