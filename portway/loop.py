@@ -3,8 +3,8 @@
     start ──> runs on the loop's thread ──wait──> the loop polls ──> runs on ..
                       └──move──> runs on a worker thread, where every wait blocks ──come_back──> runs on ..
 
-What tasks send in one round of the loop goes out together, once all have had their turn: a peer that is sent
-two things is woken once, and to wake it takes longer than to send.
+What tasks send by `Task.send` in one round of the loop goes out together, once all have had their turn: a peer
+that is sent two things is woken once, and to wake it takes longer than to send.
 
 A request needs no thread while it waits, and none while it works, unless it comes to something that can
 only block: then its coroutine moves. What a coroutine waits for it says through its Task; who holds one
@@ -150,14 +150,14 @@ class Task:
         self._step(ready)
 
     def send_now(self, sock: socket.socket, data: bytes | memoryview) -> None:
-        """What was held back; `was_sent` is to follow."""
+        """Send what was held back, and keep what comes of it for `was_sent`."""
         try:
             self._count = sock.send(data)
         except Exception as exc:  # noqa: BLE001 - whatever it is, it is the matter of who sends
             self._error = exc
 
     def was_sent(self) -> None:
-        """Behind what was held back."""
+        """Go on behind what was held back."""
         self.is_sending = False
         self._step(None)
 

@@ -732,7 +732,7 @@ class Handler(BaseHTTPRequestHandler):
                 owed, self._owed = self._owed, bytearray()
                 await self._send_rest(memoryview(owed))
             return
-        sent = await self._sent_together(data) if together and self.task.on_loop else self._sent(data)
+        sent = await self._sent_together(data) if together else self._sent(data)
         if sent < len(data):
             await self._send_rest(memoryview(data)[sent:])
 
@@ -788,7 +788,7 @@ class Handler(BaseHTTPRequestHandler):
 
     async def _sent_together(self, data: bytes) -> int:
         try:
-            return await self.task.send(self.connection, data)
+            return await self.watch.send(self.connection, data)
         except BlockingIOError:
             return 0
 

@@ -395,7 +395,7 @@ class _Connection:
         view: memoryview | bytes = request
         while True:
             wanted = POLLOUT
-            try:
+            try:  # a stream's request goes out at once: to wait for others made its chunks later, and no more of them
                 sent = await watch.send(self._sock, view) if patience.plain else self._sock.send(view)
                 if sent == len(view):
                     self._sent_all = True

@@ -334,7 +334,7 @@ class _LeaderWatch:
         return await self._wait(sock, select.POLLOUT, until)
 
     def send(self, sock: socket.socket, data: bytes | memoryview) -> Coroutine[Any, Any, int]:
-        return self._client.send(sock, data)  # nobody leaves meanwhile, but for one who has left and moved on
+        return self._client.send(sock, data)  # who sends is not disturbed; without a client it is on its worker
 
     async def pause(self, until: float) -> None:
         if self._leader.gone is None:
