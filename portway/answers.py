@@ -90,6 +90,11 @@ class Found:
     them, for the log.
     """
 
+    kept: list[bytes] | None = None  # a stream's pieces, for who comes after; None = not kept
+    leader: Leader[Shared] | None = None
+    _kept_bytes = 0
+    _begun = False
+
     def __init__(
         self,
         call: Call,
@@ -103,11 +108,7 @@ class Found:
         self.attempts = attempts
         self.served = served
         self.document = document
-        self.kept: list[bytes] | None = None  # a stream's pieces, for who comes after; None = not kept
-        self.leader: Leader[Shared] | None = None
         self.call = call
-        self._kept_bytes = 0
-        self._begun = False
 
     def body(self) -> bytes:
         """The plain answer."""

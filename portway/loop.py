@@ -42,16 +42,6 @@ _NEVER = float("inf")
 _MOVE = object()  # what a coroutine yields to be moved to a thread, or back; else it yields None
 
 
-@coroutine
-def _suspended() -> Generator[object, bool, bool]:
-    return (yield None)
-
-
-@coroutine
-def _moving() -> Generator[object, bool, bool]:
-    return (yield _MOVE)
-
-
 class Task:
     """Runs one coroutine after the other. busy: it has one. on_loop: the loop runs it, else a worker does.
     is_sending: it goes on within this round, and nothing must end its wait.
@@ -108,17 +98,21 @@ class Task:
         finally:
             self._starting = False
 
-    async def wait(self, sock: socket.socket | None, events: int, until: float) -> bool:
+    # A generator that is awaited as a coroutine would be: whoever waits is resumed through every frame on the way.
+
+    @coroutine
+    def wait(self, sock: socket.socket | None, events: int, until: float) -> Generator[object, bool, bool]:
         """Until `sock` is ready: True; False once time.monotonic() passes `until`. sock: None = for the time alone."""
         self._loop.expect(self, sock, events, until)
-        return await _suspended()
+        return (yield None)
 
-    async def send(self, sock: socket.socket, data: bytes | memoryview) -> int:
+    @coroutine
+    def send(self, sock: socket.socket, data: bytes | memoryview) -> Generator[object, bool, int]:
         """sock.send(data), once those have had their turn who are awake in the same round. Only on the loop."""
         if not self._loop.holds_back:
             return sock.send(data)
         self._loop.hold_back(self, sock, data)
-        await _suspended()
+        yield None
         error, self._error = self._error, None
         try:
             if error is not None:
@@ -127,13 +121,15 @@ class Task:
         finally:
             del error  # whose traceback has this frame: a cycle, and the data in it
 
-    async def move(self) -> None:
+    @coroutine
+    def move(self) -> Generator[object, bool, None]:
         """Go on, on a worker. Only on the loop. Raises NoThread, still on the loop, if there is none."""
-        await _moving()
+        yield _MOVE
 
-    async def come_back(self) -> None:
+    @coroutine
+    def come_back(self) -> Generator[object, bool, None]:
         """Go on, on the loop. Only on a worker."""
-        await _moving()
+        yield _MOVE
 
     def let_go(self, sock: socket.socket) -> None:
         """Before a socket is closed that was waited for on the loop and will not be again."""
@@ -317,7 +313,7 @@ class Loop:
                     report(exc)
                     now = time.monotonic()
             self._send()
-            self._catch_up()
+            self.catch_up()
         finally:
             self._stopped.set()
 
@@ -343,7 +339,7 @@ class Loop:
         if now >= self._next:
             self._expire(now)
         if self._put_off and (self.tasks or not ready or len(self._put_off) >= MAX_PUT_OFF):
-            self._catch_up()
+            self.catch_up()
         return now
 
     def _deal_with(self, fd: int, events: int) -> None:
@@ -372,7 +368,7 @@ class Loop:
         while self._sent:
             self._sent.popleft().was_sent()
 
-    def _catch_up(self) -> None:
+    def catch_up(self) -> None:
         """Do what was put off; what puts off more has its turn the next time."""
         for _ in range(len(self._put_off)):
             self._put_off.popleft()()

@@ -20,7 +20,7 @@ import threading
 import time
 import traceback
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Coroutine, Mapping
 from dataclasses import replace
 from functools import partial
 from http import HTTPStatus
@@ -384,11 +384,13 @@ class Handler(BaseHTTPRequestHandler):
     def _ended(self) -> None:
         """The request under way has come to its end."""
         self._guarded(self._settle_and_go_on)
-        self.server.take_turns()
+        if self.server.backlog:
+            self.server.take_turns()
 
     def _settle_and_go_on(self) -> None:
         self._settle()
-        self._go_on()
+        if self._buffer:
+            self._go_on()
 
     def _guarded(self, step: Callable[..., None], *args: object) -> None:
         """Take a step; an error that leaves it costs the connection, and no more."""
@@ -515,7 +517,7 @@ class Handler(BaseHTTPRequestHandler):
     def _begin(self) -> Request | None:
         """The next request, if it is all there and well; else `_reading` has what there is of it, if its head is in."""
         buffer = self._buffer
-        if (empty := _EMPTY_LINES.match(buffer)) is not None:
+        if buffer[:2] == b"\r\n" and (empty := _EMPTY_LINES.match(buffer)) is not None:
             buffer = self._buffer = buffer[empty.end() :]
         end = buffer.find(b"\r\n\r\n")
         if end < 0:
@@ -572,7 +574,8 @@ class Handler(BaseHTTPRequestHandler):
         head = self.head = request.head
         self.keep_alive = head.keep_alive and not request.poisoned
         self._cors = request.cors
-        self._record = Record(time.time(), time.monotonic(), "", head.path)
+        client = request.envelope.client if request.envelope is not None else _client(head)
+        self._record = Record(time.time(), time.monotonic(), client, head.path)
         self._stream: EventStream | None = None
         self._answered = self._torn = False
         self.watch.begin(0.0, None)
@@ -603,16 +606,13 @@ class Handler(BaseHTTPRequestHandler):
         record.finish(time.monotonic(), waited)
         if record.status == 200 and self.head.path.endswith(_UNLOGGED):
             return
-        daemon = self.server.daemon
-        daemon.metrics.observe(record)
-        if daemon.log:
-            if self.task.on_loop:
-                self.server.loop.put_off(partial(daemon.log.record, record))
-            else:
-                daemon.log.record(record)
+        if self.task.on_loop:
+            self.server.loop.put_off(partial(self.server.daemon.note, record))
+        else:
+            self.server.daemon.note(record)
 
-    async def _dispatch(self, request: Request) -> None:
-        self._record.client = _client(request.head)
+    def _dispatch(self, request: Request) -> Coroutine[Any, Any, None]:
+        """What serves the request. Raises what keeps it from being served."""
         if request.refusal:
             raise request.refusal
         if self.server.draining:
@@ -620,11 +620,12 @@ class Handler(BaseHTTPRequestHandler):
         self.envelope = envelope = request.envelope or read_envelope(request.head, request.cors)
         daemon = self.server.daemon
         self._key = daemon.state.guards.admit(envelope.head, envelope.name, daemon.quotas)
-        self._record.key = self._key.name if self._key else ""
+        if self._key is not None:
+            self._record.key = self._key.name
         if envelope.endpoint is not None:
-            await self._complete(envelope.endpoint, request.body)
-        else:
-            await getattr(self, envelope.name)(envelope.rest if envelope.head.method != "POST" else request.body)
+            return self._complete(envelope.endpoint, request.body)
+        serve: Callable[[Any], Coroutine[Any, Any, None]] = getattr(self, envelope.name)
+        return serve(envelope.rest if envelope.head.method != "POST" else request.body)
 
     async def options(self, _rest: str) -> None:
         """OPTIONS, on any path: a preflight mostly."""
@@ -655,27 +656,22 @@ class Handler(BaseHTTPRequestHandler):
     async def _relay(self, found: Found) -> None:
         """Send what was found, as a stream or whole."""
         stream = self._stream
-        self._leader = found.leader
         if found.leader is not None:
+            self._leader = found.leader
             found.leader.when_joined(partial(self.server.loop.post, self._joined))
         try:
             if stream is not None:
                 await stream.relay(found)
-            else:
-                await self._respond_with(found)
+            elif found.has_client:
+                try:
+                    await self.respond(200, found.facts.fields(), found.body())
+                except (ClientGone, OSError) as exc:
+                    found.client_left(exc)
         finally:
             await found.close()
             self._record.found(found, stream.ttft if stream is not None else None)
             if self._key is not None:
                 self.server.daemon.quotas.spend(self._key, spent(found))
-
-    async def _respond_with(self, found: Found) -> None:
-        body = found.body()
-        if found.has_client:
-            try:
-                await self.respond(200, found.facts.fields(), body)
-            except (ClientGone, OSError) as exc:
-                found.client_left(exc)
 
     async def get_models(self, _rest: str) -> None:
         """GET /v1/models."""
@@ -697,8 +693,9 @@ class Handler(BaseHTTPRequestHandler):
 
     async def get_metrics(self, _rest: str) -> None:
         """GET /metrics, for Prometheus."""
+        self.server.loop.catch_up()  # what was put off counts, too
         await self.watch.on_thread()
-        await self.respond(200, b"", self.server.daemon.metrics.render(), kind=CONTENT_TYPE)
+        await self.respond(200, b"", self.server.daemon.metrics.render(), kind=CONTENT_TYPE.encode())
 
     async def get_residency(self, _rest: str) -> None:
         """GET /portway/residency."""
@@ -732,7 +729,10 @@ class Handler(BaseHTTPRequestHandler):
                 owed, self._owed = self._owed, bytearray()
                 await self._send_rest(memoryview(owed))
             return
-        sent = await self._sent_together(data) if together else self._sent(data)
+        try:
+            sent = await self.watch.send(self.connection, data) if together else self.connection.send(data)
+        except BlockingIOError:
+            sent = 0
         if sent < len(data):
             await self._send_rest(memoryview(data)[sent:])
 
@@ -786,18 +786,14 @@ class Handler(BaseHTTPRequestHandler):
         except BlockingIOError:
             return 0
 
-    async def _sent_together(self, data: bytes) -> int:
-        try:
-            return await self.watch.send(self.connection, data)
-        except BlockingIOError:
-            return 0
-
-    async def respond(self, status: int, fields: bytes, body: bytes, kind: str = "application/json") -> None:
+    def respond(
+        self, status: int, fields: bytes, body: bytes, kind: bytes = b"application/json"
+    ) -> Coroutine[Any, Any, None]:
         """A whole answer in one write. fields: further header fields, as `fields_of` makes them."""
         if status != 204:
-            fields = b"Content-Type: %b\r\nContent-Length: %d\r\n%b" % (kind.encode(), len(body), fields)
+            fields = b"Content-Type: %b\r\nContent-Length: %d\r\n%b" % (kind, len(body), fields)
         head = self.head_bytes(status, fields)
-        await self.send(head if self.head.method == "HEAD" else head + body, together=True)
+        return self.send(head if self.head.method == "HEAD" else head + body, together=True)
 
     def head_bytes(self, status: int, fields: bytes) -> bytes:
         """The head of the answer to the present request."""
@@ -1116,6 +1112,12 @@ class Daemon:
     def health(self) -> dict[str, Any]:
         """GET /health: what is known; nobody is asked."""
         return {"config": {"path": self.state.config.path, "problem": self._problem}, **self._vitals.health(self.state)}
+
+    def note(self, record: Record) -> None:
+        """Count a request that is over, and write it down."""
+        self.metrics.observe(record)
+        if self.log is not None:
+            self.log.record(record)
 
     def unforeseen(self, exc: Exception) -> PortwayError:
         """A bug of ours: its trace goes to stderr under an id, and only the id to the client."""

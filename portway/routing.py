@@ -79,7 +79,7 @@ class Router:
 
     def _chain(self, call: Call, fallback: bool) -> list[Model]:
         """Embeddings of two models do not compare, so a fallback would poison an index in silence."""
-        if not fallback or call.endpoint == "embeddings":
+        if not (fallback and call.model.fallback) or call.endpoint == "embeddings":
             return [self._complete(call.model)]
         return list(map(self._complete, self._config.chain(call.model)))
 
@@ -182,18 +182,19 @@ class ChainExhausted(PortwayError):
 class _Course:
     """What was tried, what is still open, and how long it may take."""
 
+    tried = False
+    queued = 0.0  # seconds spent waiting for places
+    _decisive: BackendError | None = None  # what the client is told: its status and code
+    _over = False
+
     def __init__(self, call: Call, chain: list[Model], deadline: float | None) -> None:
         self.call = call
         self.attempts: list[Attempt] = []
-        self.tried = False
-        self.queued = 0.0  # seconds spent waiting for places
         self._failures: list[tuple[Model, BackendError]] = []
-        self._decisive: BackendError | None = None  # what the client is told: its status and code
         self._chain = chain
         self._left = len(chain)
         self._deadline = time.monotonic() + call.model.timeouts.total if deadline is None else deadline
         self._blocks: list[Callable[[Model], BackendError | None]] = []  # each says why a target is out
-        self._over = False
 
     def targets(self) -> Iterator[Model]:
         """The members that may be tried, in order, as long as none of them has ended the call."""

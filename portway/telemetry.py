@@ -276,9 +276,9 @@ def line(record: Record, price: Price) -> bytes:
     latency = ended - started
     ttft = None if first is None else first - started
     overhead = None if waited is None else max(0.0, latency - waited) * 1000.0
-    tps = record.decode_tps if completion else None
-    if queue_s or load_s or tps:
-        queue_s, load_s, tps = _finite(queue_s), _finite(load_s), _finite(tps)
+    tps = _finite(record.decode_tps) if completion and (first is not None or record.decode_s) else None
+    if load_s:
+        load_s = _finite(load_s)
     attempts = record.attempts
     tried: tuple[str, str] | None = None
     seconds: float | bytes
@@ -292,7 +292,8 @@ def line(record: Record, price: Price) -> bytes:
     make = _form if len(record.client) + len(record.endpoint) + len(record.error) < 3 * MAX_NAME else _new_form
     form, is_saved = make(names, tried, tuple(map(type, numbers)))
     saved = price.of(prompt or 0, completion or 0) if is_saved else 0.0
-    return form % (iso_time(record.ts).encode(), _text(record.id).encode(), seconds, prompt_hash, *numbers, saved)
+    second, milliseconds = divmod(int(record.ts * 1000), 1000)
+    return form % (_iso_second(second), milliseconds, _text(record.id).encode(), seconds, prompt_hash, *numbers, saved)
 
 
 def _new_form(names: _Names, tried: tuple[str, str] | None, kinds: tuple[type, ...]) -> tuple[bytes, bool]:
@@ -306,7 +307,7 @@ def _new_form(names: _Names, tried: tuple[str, str] | None, kinds: tuple[type, .
     is_known = kinds[2] is int or kinds[3] is int  # the tokens
     attempt = f'{{"model":{_part(tried[0])},"reason":{_part(tried[1])},"seconds":%.6g}}' if tried else "%b"
     text = (
-        f'{{"ts":"%b","id":%b,"client":{_part(client)},"key":{_part(key)},"endpoint":{_part(endpoint)}'
+        f'{{"ts":"%b.%03dZ","id":%b,"client":{_part(client)},"key":{_part(key)},"endpoint":{_part(endpoint)}'
         f',"model":{_part(model)},"served_by":{_part(served_by)},"local":{_WORDS[local]},"stream":{_WORDS[stream]}'
         f',"status":{status},"exit_code":{failure if exit_code is None else exit_code},"error":{_part(error)}'
         f',"cache_hit":{_WORDS[cache_hit]},"demoted":{_WORDS[bool(served_by) and served_by != model]}'
@@ -356,12 +357,12 @@ def _count(value: Any) -> int | None:
 def iso_time(ts: float) -> str:
     """time.time() as 2026-11-21T04:29:15.123Z."""
     seconds, milliseconds = divmod(int(ts * 1000), 1000)
-    return f"{_iso_second(seconds)}.{milliseconds:03d}Z"
+    return f"{_iso_second(seconds).decode()}.{milliseconds:03d}Z"
 
 
 @lru_cache(maxsize=16)  # the lines of one moment come together
-def _iso_second(seconds: int) -> str:
-    return time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(seconds))
+def _iso_second(seconds: int) -> bytes:
+    return time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(seconds)).encode()
 
 
 @lru_cache(maxsize=256)

@@ -418,12 +418,12 @@ class ConnectionTest(unittest.TestCase):
 
     def test_a_mistake_behind_the_answer(self):
         """It costs the connection and a trace: the request has ended, and those who wait have their turn."""
-        from portway.metrics import Metrics
+        from portway.telemetry import Record
 
         # one that ends at once, one that ends on a worker, one that has waited
         for path, body in (("/v1/models/fast", None), ("/portway/residency", None), ("/v1/chat/completions", ASK)):
             with self.subTest(path), StandIn() as standin, Daemon(toml(standin.url, "max_requests = 1")) as daemon:
-                mistake = mock.patch.object(Metrics, "observe", side_effect=RuntimeError("a mistake"))
+                mistake = mock.patch.object(Record, "finish", side_effect=RuntimeError("a mistake"))
                 with mistake, mock.patch("threading.excepthook"), daemon.client() as client:
                     self.assertEqual(200, client.call("POST" if body else "GET", path, body).status)
                     self.assertTrue(client.at_end())

@@ -233,7 +233,8 @@ class Lines(unittest.TestCase):
     def test_numbers_that_json_has_not(self):
         """A server's infinity becomes null."""
         self.assertIsNone(self.line(load_s=math.inf)["load_s"])
-        self.assertIsNone(self.line(queue_s=math.nan)["queue_s"])
+        self.assertIsNone(self.line(load_s=math.nan)["load_s"])
+        self.assertIsNone(self.line(decode_s=5e-324, completion_tokens=3)["decode_tps"])
 
     def test_sizes_of_a_stored_answer(self):
         """As it has them; what a server sent for a number that is none is not known."""

@@ -210,8 +210,7 @@ class WholeAnswer:
             raise BackendError("bad_answer", "the answer has no `data`")
         elif _is_wider(body["data"], self._call.body.get("dimensions")):
             self.warnings.append("ignored(dimensions)")
-        read_usage(body, self.tally)
-        if _is_false(body.get("usage")):
+        if not read_usage(body, self.tally):
             del body["usage"]
             changed = True
         if changed:
@@ -408,9 +407,8 @@ class _Relay:
         if self.content and not self._learned:
             self._name(chunk)
             self._learn(data, chunk)
-        read_usage(chunk, self._tally)
-        usage = chunk.get("usage")
-        if usage is not None and (not self._call.include_usage or _is_false(usage)):
+        is_counted = read_usage(chunk, self._tally)
+        if chunk.get("usage") is not None and not (self._call.include_usage and is_counted):
             if not choices:
                 return b""
             del chunk["usage"]
@@ -559,15 +557,20 @@ def read_whole(body: dict[str, Any], tally: Tally, *, chat: bool) -> bool:
     return changed
 
 
-def read_usage(body: Mapping[str, Any], tally: Tally) -> None:
-    """Take the token counts from an answer's or a chunk's usage."""
-    usage = body.get("usage")
-    if usage and isinstance(usage, dict) and not _is_false(usage):
-        tally.prompt_tokens = _known(usage.get("prompt_tokens"), tally.prompt_tokens)
-        tally.completion_tokens = _known(usage.get("completion_tokens"), tally.completion_tokens)
+def read_usage(body: Mapping[str, Any], tally: Tally) -> bool:
+    """Take the token counts from an answer's or a chunk's usage. False if there is one that is none: counts that are
+    all zero, which some servers send where they did not count."""
     timings = body.get("timings")
     if timings and isinstance(timings, dict) and isinstance(timings.get("predicted_ms"), int | float):
         tally.decode_s = timings["predicted_ms"] / 1000
+    usage = body.get("usage")
+    if usage and isinstance(usage, dict):
+        prompt, completion = usage.get("prompt_tokens"), usage.get("completion_tokens")
+        if prompt == 0 and not completion and not usage.get("total_tokens"):
+            return False
+        tally.prompt_tokens = _known(prompt, tally.prompt_tokens)
+        tally.completion_tokens = _known(completion, tally.completion_tokens)
+    return True
 
 
 def count_choice(choice: Mapping[str, Any], tally: Tally) -> bool:
@@ -627,10 +630,12 @@ def _choices(body: Any) -> list[dict[str, Any]]:
     for choice in choices:
         if not isinstance(choice, dict):
             raise BackendError("bad_answer", "`choices` holds something else")
-        for part in (choice.get("delta"), choice.get("message")):
-            if part is not None and not isinstance(part, dict):
-                raise BackendError("bad_answer", "a choice is not what it should be")
+        if not (isinstance(choice.get("delta"), _OBJECT) and isinstance(choice.get("message"), _OBJECT)):
+            raise BackendError("bad_answer", "a choice is not what it should be")
     return choices
+
+
+_OBJECT = (dict, type(None))  # a tuple: to look into a union takes longer
 
 
 def _segregate_whole(choice: dict[str, Any]) -> bool:
@@ -655,13 +660,6 @@ def _delta(thought: str, text: str) -> dict[str, str]:
 def _may_be_empty(tally: Tally) -> bool:
     """Whether the finish reason explains an answer without content."""
     return tally.finish_reason in ("length", "content_filter")
-
-
-def _is_false(usage: Any) -> bool:
-    """Counts that are all zero: some servers send them where they did not count."""
-    if not isinstance(usage, dict) or usage.get("prompt_tokens") != 0:
-        return False
-    return not usage.get("completion_tokens") and not usage.get("total_tokens")
 
 
 def _known(count: Any, before: int | None) -> int | None:

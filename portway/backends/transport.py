@@ -326,12 +326,16 @@ class _Connection:
         request may have been worked on, and it is an error.
         """
         try:
-            data = await self._first_bytes(request, watch, patience)
-            end = data.find(b"\r\n\r\n")
-            if end < 0:
-                data = await self._rest_of_head(data, watch, patience)
-                end = data.find(b"\r\n\r\n")
-            return await self._reply(data, end, watch, patience)
+            try:
+                await self._send(request, watch, patience)
+                data = await self.receive(watch, patience)
+            except _Reset as exc:
+                data = self._last_words()
+                if not data:
+                    raise self._ended(was_reset=True) from exc
+            if not data:
+                raise self._ended(was_reset=self._reused and await self._is_reset(watch))
+            return await self._reply(data, watch, patience)
         except BaseException:
             self.close()
             raise
@@ -373,19 +377,6 @@ class _Connection:
 
     def close(self) -> None:
         self._sock.close()
-
-    async def _first_bytes(self, request: bytes, watch: Watch, patience: Patience) -> bytes:
-        """Send, then receive; never b"". See `ask` for what is made of an end."""
-        try:
-            await self._send(request, watch, patience)
-            data = await self.receive(watch, patience)
-        except _Reset as exc:
-            data = self._last_words()
-            if not data:
-                raise self._ended(was_reset=True) from exc
-        if not data:
-            raise self._ended(was_reset=self._reused and await self._is_reset(watch))
-        return data
 
     async def _send(self, request: bytes, watch: Watch, patience: Patience) -> None:
         """All of it, or as much as the server wants: one that refuses a large request (400, 401, 413)
@@ -452,9 +443,13 @@ class _Connection:
             data += more
         return data
 
-    async def _reply(self, data: bytes, end: int, watch: Watch, patience: Patience) -> Reply:
-        """What begins with the head that ends at `end`."""
+    async def _reply(self, data: bytes, watch: Watch, patience: Patience) -> Reply:
+        """What begins with `data`, or at the end of that."""
         while True:
+            end = data.find(b"\r\n\r\n")
+            if end < 0:
+                data = await self._rest_of_head(data, watch, patience)
+                end = data.find(b"\r\n\r\n")
             if end > MAX_HEAD:
                 raise BackendError("bad_answer", f"the answer's head is longer than {MAX_HEAD} bytes")
             try:
@@ -469,8 +464,6 @@ class _Connection:
             if head.status == 101:
                 raise BackendError("bad_answer", "the server changes to a protocol that nobody asked for")
             # 100 Continue and 103 Early Hints: the real head follows
-            data = await self._rest_of_head(data, watch, patience)
-            end = data.find(b"\r\n\r\n")
 
 
 async def _on_thread(watch: Watch) -> None:

@@ -43,8 +43,6 @@ class Shape(NamedTuple):
 
     def serves(self, wanted: Shape) -> bool:
         """Whether a runner of this shape is used as it is for a request that wants `wanted`."""
-        if self is wanted:  # mostly: it was loaded for this very model
-            return True
         window = wanted.num_ctx is None or self.num_ctx in (None, wanted.num_ctx)
         return window and (self.options is None or wanted.options is None or self.options == wanted.options)
 
@@ -73,7 +71,7 @@ class Lane(NamedTuple):
     max_queue: int | None = None
 
 
-@dataclass(slots=True, eq=False)
+@dataclass(eq=False)
 class Wish:
     """One request that wants a model. need: None = unknown, so nothing is arbitrated. since: when it came.
 
@@ -87,12 +85,12 @@ class Wish:
     need: Need | None
     keep_alive: float | None
     since: float
-    why: str = ""
-    retry_at: float = math.inf
-    clearing: bool = False
-    loads: bool = False
-    granted_at: float = 0.0
-    resident: Resident | None = None
+    why: str = field(default="", init=False)  # not assigned before there is something to say: most go at once
+    retry_at: float = field(default=math.inf, init=False)
+    clearing: bool = field(default=False, init=False)
+    loads: bool = field(default=False, init=False)
+    granted_at: float = field(default=0.0, init=False)
+    resident: Resident | None = field(default=None, init=False)
 
 
 @dataclass(slots=True, eq=False)
@@ -134,7 +132,9 @@ class Resident:
 
     def is_there_for(self, wish: Wish) -> bool:
         """Whether the wish need not load anything."""
-        return self.status in (LOADED, LOADING) and self.shape.serves(wish.shape)
+        if self.status not in (LOADED, LOADING):
+            return False
+        return self.shape is wish.shape or self.shape.serves(wish.shape)  # mostly it was loaded for this very model
 
 
 class Seen(NamedTuple):
@@ -224,7 +224,7 @@ class Ledger:
             return False
         if self._has_no_place(wish.runner.backend):
             return False
-        self._grant(wish, now, load=False)
+        self._use(resident, wish, now)
         return True
 
     def enter(self, wish: Wish, now: float) -> list[tuple[Wish, Action]]:
@@ -400,8 +400,10 @@ class Ledger:
         return self._decide_load(wish, wish.need, now, ahead)
 
     def _has_no_place(self, backend: str) -> bool:
-        most = self.lanes[backend].max_parallel if backend in self.lanes else None
-        return most is not None and self.in_flight.get(backend, 0) >= most
+        lane = self.lanes.get(backend)
+        if lane is None or lane.max_parallel is None:
+            return False
+        return self.in_flight.get(backend, 0) >= lane.max_parallel
 
     def _decide_load(self, wish: Wish, need: Need, now: float, ahead: Ahead) -> Action:
         others = [r for r in self.residents.values() if r.runner != wish.runner and r.runner.backend in self.counted]
@@ -495,20 +497,24 @@ class Ledger:
             wish.why, wish.retry_at = action.why, min(action.retry_at, ages)
 
     def _grant(self, wish: Wish, now: float, *, load: bool) -> None:
-        backend = wish.runner.backend
-        self.in_flight[backend] = self.in_flight.get(backend, 0) + 1
         resident = self.residents.get(wish.runner)
         if resident is None:
             resident = self.residents[wish.runner] = Resident(wish.runner, _size(wish), wish.shape, LOADING)
         elif load:
             resident.size = _size(wish) or resident.size
             resident.shape, resident.status = wish.shape, LOADING
+        wish.loads = load
+        self._use(resident, wish, now)
+
+    def _use(self, resident: Resident, wish: Wish, now: float) -> None:
+        backend = wish.runner.backend
+        self.in_flight[backend] = self.in_flight.get(backend, 0) + 1
         resident.users += 1
         resident.keep_alive, resident.ours = wish.keep_alive, True
         resident.changed_at = now
         resident.expires_at = math.inf
         resident.last = wish.name
-        wish.resident, wish.loads, wish.granted_at = resident, load, now
+        wish.resident, wish.granted_at = resident, now
 
 
 def _plan(movable: list[Resident], over: int, now: float) -> tuple[Resident, ...]:

@@ -17,6 +17,7 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from copy import copy
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Self
 
@@ -361,7 +362,8 @@ class Residency:
             if rung:
                 backend = wish.runner.backend
                 self._held[backend] = 0.7 * self._held.get(backend, 0.0) + 0.3 * (now - wish.granted_at)
-        _ring(rung)
+        if rung:
+            _ring(rung)
         if wish.keep_alive == 0:
             self._poke.set()
 
@@ -810,7 +812,7 @@ class Residency:
                 budget=self._ledger.budget,
                 counted=self._ledger.counted,
                 residents=[replace(resident) for resident in self._ledger.residents.values()],
-                waiting=[replace(wish) for wish in self._ledger.waiting],
+                waiting=[copy(wish) for wish in self._ledger.waiting],
                 in_flight=dict(self._ledger.in_flight),
                 seats=dict(self._seats),
                 kinds={name: engine.kind for name, engine in self._engines.items()},

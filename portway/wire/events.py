@@ -102,19 +102,10 @@ def _too_deep() -> ClientError:
 
 
 def _may_be_deep(data: bytes) -> bool:
-    """Whether there are enough brackets for it. To look for one after the other, up to as many as matter, takes half a
-    microsecond for a chat of 2 KB and 20 for a prompt of 200 KB; to count them takes 2.5, and 300."""
-    return _holds(data, b"{", MAX_DEPTH // 2) or _holds(data, b"[", MAX_DEPTH // 2)
-
-
-def _holds(data: bytes, what: bytes, times: int) -> bool:
-    """Whether `what` stands there at least so many times."""
-    at = -1
-    for _ in range(times):
-        at = data.find(what, at + 1)
-        if at < 0:
-            return False
-    return True
+    """Whether there are enough brackets for it. To take some away finds them by memchr(), in 0.2 us for a chat of
+    2 KB and in 6 for a prompt of 200 KB; count() looks at each byte, and takes 2 and 190."""
+    most, enough = len(data) - MAX_DEPTH // 2, MAX_DEPTH // 2
+    return len(data.replace(b"{", b"", enough)) <= most or len(data.replace(b"[", b"", enough)) <= most
 
 
 def _deeper_than(value: Any, limit: int) -> bool:
