@@ -84,7 +84,8 @@ class Shared:
 
 
 class Found:
-    """An answer, whole in the cache or on its way from a target. Read it by `piece` or by `body`; then `close`.
+    """An answer, whole in the cache or on its way from a target. Read it by `piece` or by `body`; then close what
+    `served` has.
 
     call: what was asked. served: who answers; None = nobody has to, `document` has the answer. attempts: all of
     them, for the log.
@@ -149,11 +150,6 @@ class Found:
             self.leader.client_left(error)
         finally:
             del error  # see Leader.client_left
-
-    async def close(self) -> None:
-        """Of the answer nothing more is read."""
-        if self.served is not None:
-            await self.served.answer.close()
 
     def _keep(self, piece: bytes) -> None:
         if self.kept is not None:

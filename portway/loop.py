@@ -53,12 +53,12 @@ class Task:
     __slots__ = (
         "_coroutine",
         "_count",
-        "_entry",
         "_error",
         "_loop",
         "_starting",
         "busy",
         "ended",
+        "entry",
         "is_sending",
         "moving",
         "on_loop",
@@ -83,7 +83,7 @@ class Task:
         self.ended = ended
         self._loop = loop
         self._coroutine: Coroutine[Any, Any, None] | None = None
-        self._entry: _Entry | None = None
+        self.entry: _Entry | None = None  # what it waits for; the loop's
         self._count = 0  # what the socket has taken, or said, of what was held back
         self._error: Exception | None = None
         self._starting = False
@@ -94,7 +94,7 @@ class Task:
         self._loop.tasks.add(self)
         self._starting = True
         try:
-            self._step(None)
+            self.wake(None)
         finally:
             self._starting = False
 
@@ -137,13 +137,9 @@ class Task:
 
     def throw(self, error: BaseException) -> None:
         """End its wait with `error`. Only while it waits on the loop."""
-        self._step(None, error)
+        self.wake(None, error)
 
     # of the loop
-
-    def wake(self, ready: bool) -> None:
-        """End its wait."""
-        self._step(ready)
 
     def send_now(self, sock: socket.socket, data: bytes | memoryview) -> None:
         """Send what was held back, and keep what comes of it for `was_sent`."""
@@ -155,15 +151,13 @@ class Task:
     def was_sent(self) -> None:
         """Go on behind what was held back."""
         self.is_sending = False
-        self._step(None)
+        self.wake(None)
 
-    def expects(self, entry: _Entry | None, until: float) -> None:
-        """What it waits for from now on."""
-        self._entry, self.until = entry, until
-
-    def _step(self, value: bool | None, error: BaseException | None = None) -> None:
-        entry, self._entry = self._entry, None
+    def wake(self, ready: bool | None, error: BaseException | None = None) -> None:
+        """End its wait, and run it until the next one. ready: None = it waits for nothing that could be."""
+        entry = self.entry
         if entry is not None:
+            self.entry = None
             if entry.others:
                 entry.drop(self)
             else:
@@ -172,7 +166,7 @@ class Task:
         work = self._coroutine
         assert work is not None  # noqa: S101 - for the type checker
         try:
-            wanted = work.send(value) if error is None else work.throw(error)
+            wanted = work.send(ready) if error is None else work.throw(error)
         except StopIteration:
             self._end(tell=not self._starting)
             return
@@ -211,7 +205,7 @@ class Task:
             self.returning()
         except OSError as exc:
             value, error = None, exc
-        self._step(value, error)
+        self.wake(value, error)
 
     def _end_told(self) -> None:
         self._end(tell=True)
@@ -301,13 +295,14 @@ class Loop:
     def run(self, sweep: Callable[[], None], every: float, report: Callable[[Exception], object]) -> None:
         """Until `stop`; `sweep` is called `every` so many seconds. What is called may raise nothing: if it does all
         the same, `report` is told, and the loop goes on, since all that is served hangs on it."""
-        now = swept = time.monotonic()
+        now = time.monotonic()
+        due = now + every
         try:
             while not self._stopping:
                 try:
-                    now = self._round(now, swept + every)
-                    if now - swept >= every:
-                        swept = now
+                    now = self._round(now, due)
+                    if now >= due:
+                        due = now + every
                         sweep()
                 except Exception as exc:  # noqa: BLE001 - reported
                     report(exc)
@@ -347,7 +342,7 @@ class Loop:
         if entry is None or entry.made_in == self._rounds:
             return  # closed by what came before it in this very round, and its number maybe another's already
         if entry.task is not None:
-            entry.task.wake(ready=True)
+            entry.task.wake(True)
         elif entry.stirred is not None:
             entry.stirred(events)
         else:
@@ -418,7 +413,7 @@ class Loop:
                 entry.task = task
             else:
                 entry.others += (task,)
-        task.expects(entry, until)
+        task.entry, task.until = entry, until
         self._next = min(self._next, until)
 
     def close(self) -> None:

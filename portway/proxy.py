@@ -668,7 +668,8 @@ class Handler(BaseHTTPRequestHandler):
                 except (ClientGone, OSError) as exc:
                     found.client_left(exc)
         finally:
-            await found.close()
+            if found.served is not None:
+                await found.served.answer.close()
             self._record.found(found, stream.ttft if stream is not None else None)
             if self._key is not None:
                 self.server.daemon.quotas.spend(self._key, spent(found))

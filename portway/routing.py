@@ -95,7 +95,14 @@ class Router:
                 # from here on the place is given back when the answer is closed
                 backend = self._backends[target.backend.name]
                 answer = place.hold(await backend.open(course.call, target, limits, watch))
-            served = await self._begun(course, target, answer)
+            if course.call.stream:
+                followed = _Followed(answer, target, self._cooling)
+                first = await followed.piece()
+                served = Served(target, answer, course.attempts, first, followed.piece, course.queued)
+            else:
+                served = Served(target, answer, course.attempts, whole=await answer.whole(), queued=course.queued)
+                self._cooling.succeeded(target)
+            place.began()
         except BackendError as error:
             await _close(answer)
             self._cooling.failed(target, error, course)
@@ -109,16 +116,6 @@ class Router:
             raise
         course.attempts.append(Attempt(target.name, "ok", time.monotonic() - started))
         return served
-
-    async def _begun(self, course: _Course, target: Model, answer: Answer) -> Served:
-        """The answer, as far as it must be in before the target is settled on."""
-        if course.call.stream:
-            followed = _Followed(answer, target, self._cooling)
-            first = await followed.piece()
-            return Served(target, answer, course.attempts, first, followed.piece, course.queued)
-        whole = await answer.whole()
-        self._cooling.succeeded(target)
-        return Served(target, answer, course.attempts, whole=whole, queued=course.queued)
 
 
 async def _close(answer: Answer | None) -> None:

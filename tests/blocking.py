@@ -13,6 +13,7 @@ from portway.call import finish
 
 if TYPE_CHECKING:
     from portway.call import Answer, Limits, Served, Watch
+    from portway.memory.residency import Free, Place
     from portway.wire.http1 import ResponseHead
 
 
@@ -20,6 +21,15 @@ def pieces(answer: Answer) -> Iterator[bytes]:
     """All pieces of an answer, each when it is asked for."""
     while piece := finish(answer.piece()):
         yield piece
+
+
+def read(answer: Answer, place: Place | Free) -> bytes:
+    """The whole of a stream that holds a place, which is told of its first content, as the router does."""
+    text = b""
+    for piece in pieces(answer):
+        place.began()
+        text += piece
+    return text
 
 
 def rest(served: Served) -> Iterator[bytes]:

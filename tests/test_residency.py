@@ -45,7 +45,7 @@ from portway.routing import Cooling, Router
 from portway.standin.server import Memory, StandIn, StandInModel
 from portway.watch import ClientWatch, NoClient
 from portway.wire.events import dumps
-from tests.blocking import close, pieces
+from tests.blocking import close, read
 from tests.llama_server import wait_for
 
 GB = 1024**3
@@ -476,7 +476,7 @@ class Served(unittest.TestCase):
             limits = Limits(SOON, SOON, SOON, SOON, until, until)
             answer = place.hold(finish(backend.open(call, target, limits, watch or NoClient())))
             try:
-                return b"".join(pieces(answer))
+                return read(answer, place)
             finally:
                 close(answer)
 

@@ -43,7 +43,7 @@ from portway.memory.residency import Residency
 from portway.standin.server import Memory, StandIn, StandInModel
 from portway.watch import ClientWatch
 from portway.wire.events import DONE, dumps
-from tests.blocking import close, pieces
+from tests.blocking import close, read
 from tests.hypotheses import given_seeds
 
 GB = 1024**3
@@ -319,7 +319,7 @@ class Client(threading.Thread):
         with finish(self._residency.place(self._model, watch, self._until)) as place:
             answer = place.hold(finish(self._backend.open(chat(self._model), self._model, limits, watch)))
             try:
-                return "served" if b"".join(pieces(answer)).endswith(DONE) else "cut"
+                return "served" if read(answer, place).endswith(DONE) else "cut"
             finally:
                 close(answer)
 

@@ -23,7 +23,7 @@ from portway.memory import machine as memory
 from portway.memory.budget import is_here
 from portway.memory.residency import Place, Residency
 from portway.watch import NoClient
-from tests.blocking import close, pieces
+from tests.blocking import close, read
 from tests.daemon import Daemon
 from tests.doubles import ScriptedRequest, ScriptedServer, http_reply, json_reply
 from tests.llama_server import LlamaServer, wait_for
@@ -56,7 +56,7 @@ class LlamaServerTest(unittest.TestCase):
             limits = Limits(5.0, 30.0, 30.0, 30.0, until, until)
             answer = place.hold(finish(backend.open(chat(target), target, limits, NoClient())))
             try:
-                self.assertIn(b"[DONE]", b"".join(pieces(answer)))
+                self.assertIn(b"[DONE]", read(answer, place))
             finally:
                 close(answer)
                 backend.close()

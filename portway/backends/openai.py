@@ -568,8 +568,10 @@ def read_usage(body: Mapping[str, Any], tally: Tally) -> bool:
         prompt, completion = usage.get("prompt_tokens"), usage.get("completion_tokens")
         if prompt == 0 and not completion and not usage.get("total_tokens"):
             return False
-        tally.prompt_tokens = _known(prompt, tally.prompt_tokens)
-        tally.completion_tokens = _known(completion, tally.completion_tokens)
+        if isinstance(prompt, int) and prompt >= 0:
+            tally.prompt_tokens = prompt
+        if isinstance(completion, int) and completion >= 0:
+            tally.completion_tokens = completion
     return True
 
 
@@ -660,10 +662,6 @@ def _delta(thought: str, text: str) -> dict[str, str]:
 def _may_be_empty(tally: Tally) -> bool:
     """Whether the finish reason explains an answer without content."""
     return tally.finish_reason in ("length", "content_filter")
-
-
-def _known(count: Any, before: int | None) -> int | None:
-    return count if isinstance(count, int) and count >= 0 else before
 
 
 def _length(text: Any) -> int:

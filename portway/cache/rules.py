@@ -19,7 +19,8 @@ if TYPE_CHECKING:
 
 KEY_VERSION = "portway-3"  # a change of what the key covers, or of what Portway makes of a request, raises it
 SHAPELESS = frozenset(("model", "stream", "stream_options", "user", "metadata"))  # no part in what is answered
-_ACTING = ("tools", "functions", "web_search_options")  # the answer depends on, or changes, the world outside
+# the answer depends on, or changes, the world outside
+_ACTING = frozenset(("tools", "functions", "web_search_options"))
 
 
 # --- what the client wants of the cache -----------------------------------------------------------
@@ -75,9 +76,10 @@ def why_bypassed(call: Call, lifetime: float) -> str:
     if lifetime <= 0:
         return "off"
     body = call.body
-    for name in _ACTING:
-        if body.get(name):
-            return name
+    if not _ACTING.isdisjoint(body):
+        for name in sorted(_ACTING):
+            if body.get(name):
+                return name
     if body.get("n") not in (None, 1):
         return "n"
     return ""

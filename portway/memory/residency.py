@@ -16,10 +16,10 @@ import math
 import socket
 import threading
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Coroutine, Iterable, Mapping, Sequence
 from copy import copy
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Self
+from typing import TYPE_CHECKING, Any, Self
 
 from portway.call import finish
 from portway.errors import BackendError, ClientError, NoThread
@@ -79,6 +79,8 @@ class Place:
 
     tally: Tally
     warnings: list[str]
+    piece: Callable[[], Coroutine[Any, Any, bytes]]  # the answer's own
+    whole: Callable[[], Coroutine[Any, Any, bytes]]
     _answer: Answer
     _holds = False
     _left = False
@@ -96,7 +98,8 @@ class Place:
 
     def hold(self, answer: Answer) -> Answer:
         """The same answer, whose close() also gives the place back."""
-        self._answer, self.tally, self.warnings, self._holds = answer, answer.tally, answer.warnings, True
+        self._answer, self._holds = answer, True
+        self.tally, self.warnings, self.piece, self.whole = answer.tally, answer.warnings, answer.piece, answer.whole
         return self
 
     def began(self) -> None:
@@ -110,21 +113,6 @@ class Place:
         if not self._left:
             self._left = True
             self._residency.release(self.wish, load_s)
-
-    # as an Answer
-
-    async def piece(self) -> bytes:
-        """See Answer.piece. From the second one on it is the answer's own: there are many."""
-        piece = await self._answer.piece()
-        self.began()
-        self.piece = self._answer.piece  # type: ignore[method-assign]
-        return piece
-
-    async def whole(self) -> bytes:
-        """See Answer.whole."""
-        whole = await self._answer.whole()
-        self.began()
-        return whole
 
     async def close(self) -> None:
         """See Answer.close."""
