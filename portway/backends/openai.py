@@ -364,11 +364,15 @@ class _Relay:
         frames = []
         error = None
         try:
-            for data in events:
+            for index, data in enumerate(events):
                 if data == b"[DONE]":
                     frames.append(self.end())
                     break
+                is_first = not self._learned
                 frames.append(self.block(sse(data)) or self.frame(data))
+                if is_first and self._needles and (rest := self.block(b"".join(map(sse, events[index + 1 :])))):
+                    frames.append(rest)  # of what came with the first content each is like it, mostly
+                    break
         except BackendError as exc:
             error = exc
         return b"".join(frames), error
@@ -452,20 +456,30 @@ class _Relay:
     def _look_at(self, choice: dict[str, Any]) -> None:
         index = choice.get("index")
         index = index if isinstance(index, int) else 0
-        if self._chat and index not in self._settled:
-            self._segregate(choice, index)
+        delta = choice.get("delta")
+        if self._chat and index not in self._settled and isinstance(delta, dict) and not self._is_plain(delta, index):
+            self._segregate(delta, index, is_last=bool(choice.get("finish_reason")))
         if count_choice(choice, self._tally):
             self.content = True
         if choice.get("finish_reason"):
             self._finished.add(index)
 
-    def _segregate(self, choice: dict[str, Any], index: int) -> None:
-        """Take thinking out of the text, where a server without a reasoning parser leaves it."""
-        delta = choice.get("delta")
-        if not isinstance(delta, dict):
-            return
-        tags = self._tags.setdefault(index, ThinkTags())
+    def _is_plain(self, delta: dict[str, Any], index: int) -> bool:
+        """Whether it is as most answers begin: there is no text yet, or one that begins with a word, so that no tag
+        can come any more."""
         content = delta.get("content")
+        if index in self._tags or not isinstance(content, str) or not _is_alone(delta):
+            return False
+        if content and (content[0] == "<" or content[0].isspace()):
+            return False
+        if content:
+            self._settled.add(index)
+        return True
+
+    def _segregate(self, delta: dict[str, Any], index: int, *, is_last: bool) -> None:
+        """Take thinking out of the text, where a server without a reasoning parser leaves it."""
+        content = delta.get("content")
+        tags = self._tags.setdefault(index, ThinkTags())
         if isinstance(content, str):
             thought, text = tags.split(content)
         elif content:  # a list of parts, say: nothing to split
@@ -475,7 +489,7 @@ class _Relay:
             thought, text = "", ""
         # thinking or a tool call of its own: the server takes the text apart by itself
         by_itself = any(delta.get(key) for key in ("reasoning_content", "reasoning", "tool_calls"))
-        if by_itself or choice.get("finish_reason"):
+        if by_itself or is_last:
             held_thought, held_text = tags.flush()
             thought, text = thought + held_thought, text + held_text
         if thought:
@@ -506,11 +520,14 @@ class _Relay:
         self._null_usage = "usage" in chunk and chunk["usage"] is None
         if chunk.get("id") != self._id or chunk.get("created") != self._created:
             return
-        colon = b'": ' if b'"model": ' in data else b'":'
         members = {"model": chunk.get("model"), "id": self._id, "created": self._created, "finish_reason": None}
         if self._null_usage:
             members["usage"] = None
-        needles = [b'"%b%b%b' % (key.encode(), colon, dumps(value)) for key, value in members.items()]
+        needles = [b'"' + member for member in dumps(members)[2:-1].split(b',"')]  # within a string it would be ,\"
+        if len(needles) != len(members):
+            return
+        if b'"model": ' in data:
+            needles = [needle.replace(b'":', b'": ', 1) for needle in needles]
         needles[2] += data[data.find(needles[2]) + len(needles[2]) :][:1]  # 12 must not be found in 123
         if all(needle in data for needle in needles):
             self._needles = tuple(needles)
@@ -583,8 +600,8 @@ def count_choice(choice: Mapping[str, Any], tally: Tally) -> bool:
         tally.content_chars += len(content)
     if reason and isinstance(reason, str):
         tally.finish_reason = reason
-    if content and (len(part) == 1 or (len(part) == 2 and "role" in part)):  # nothing else to be seen
-        return True
+    if (content or not text) and "content" in part and _is_alone(part):
+        return bool(content)
     tally.content_chars += _length(text) + _length(part.get("refusal"))
     tally.reasoning_chars += _length(part.get("reasoning_content") or part.get("reasoning"))
     tally.tool_calls += sum(1 for call in _list(part.get("tool_calls")) if isinstance(call, dict) and call.get("id"))
@@ -592,6 +609,11 @@ def count_choice(choice: Mapping[str, Any], tally: Tally) -> bool:
 
 
 _NOTHING: Mapping[str, Any] = {}
+
+
+def _is_alone(part: Mapping[str, Any]) -> bool:
+    """Whether a message that has a content has nothing else, but for its role."""
+    return len(part) == 1 + ("role" in part)
 
 
 def add_reasoning_alias(body: Mapping[str, Any], part: str) -> bool:
