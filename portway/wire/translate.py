@@ -455,7 +455,7 @@ class ChatStream:
         self._all_logprobs: list[Payload] = []
         if call.stream:
             self._text_parts = self._event(self._text_choice(_MARK)).split(_MARK_JSON)
-            self._reasoning_parts = self._event(self._reasoning_choice(_MARK)).split(_MARK_JSON)
+            self._reasoning_parts: list[bytes] = []  # made with the first of it: few answers have any
 
     def feed(self, line: Payload) -> tuple[bytes, bool]:
         """(events to send, whether this line held content: text, reasoning or a tool call).
@@ -548,10 +548,12 @@ class ChatStream:
 
     def _add_reasoning(self, text: str) -> bytes:
         self.tally.reasoning_chars += len(text)
-        if self._call.stream:
-            return _quoted(text).join(self._reasoning_parts)
-        self._reasoning.append(text)
-        return b""
+        if not self._call.stream:
+            self._reasoning.append(text)
+            return b""
+        if not self._reasoning_parts:
+            self._reasoning_parts = self._event(self._reasoning_choice(_MARK)).split(_MARK_JSON)
+        return _quoted(text).join(self._reasoning_parts)
 
     def _add_calls(self, calls: Any) -> bytes:
         """Each call whole and with its own running index; Ollama counts from 0 on every line."""
