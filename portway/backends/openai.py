@@ -508,7 +508,8 @@ class _Relay:
     def _own(self, chunk: dict[str, Any]) -> dict[str, Any]:
         """The chunk under the stream's one id and time, and the name of the model that serves."""
         self._name(chunk)
-        add_reasoning_alias(chunk, "delta")
+        if self._tally.reasoning_chars:
+            add_reasoning_alias(chunk, "delta")
         chunk["id"], chunk["created"], chunk["model"] = self._id, self._created, self._target.name
         return chunk
 

@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Callable
+from json import encoder
 from typing import Any, NoReturn
 
 from portway.errors import ClientError
@@ -51,9 +53,25 @@ def _unique(members: list[tuple[str, Any]]) -> dict[str, Any]:
 
 _DECODER = json.JSONDecoder(parse_constant=_refuse_constant, parse_float=_finite, object_pairs_hook=_unique)
 _FAST_DECODER = json.JSONDecoder(parse_constant=_refuse_constant)  # no call a float: embeddings hold a million
-# made once: json.dumps() makes a new encoder for each call that is not all defaults, half the time of a small one
-_encode = json.JSONEncoder(ensure_ascii=False, separators=(",", ":")).encode
-_encode_ascii = json.JSONEncoder(separators=(",", ":")).encode
+
+
+def _encoder(escape: Callable[[str], str]) -> Callable[[Any], str]:
+    """Compact JSON of a value without cycles, each text by `escape`.
+
+    As JSONEncoder.encode has it, but for what that makes anew for each call and that is half the time of a small one:
+    the encoder in C, which is no public name. Where there is none, or another, it is JSONEncoder's own way.
+    """
+    whole = json.JSONEncoder(ensure_ascii=escape is encoder.encode_basestring_ascii, separators=(",", ":"))
+    try:
+        make = encoder.c_make_encoder  # type: ignore[attr-defined]
+        parts = make(None, whole.default, escape, None, ":", ",", False, False, True)
+    except (AttributeError, TypeError):
+        return whole.encode
+    return lambda value: "".join(parts(value, 0))
+
+
+_encode = _encoder(encoder.encode_basestring)
+_encode_ascii = _encoder(encoder.encode_basestring_ascii)
 
 
 def loads_object(data: bytes) -> dict[str, Any]:
