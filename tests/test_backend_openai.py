@@ -10,8 +10,10 @@ import unittest
 from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
+from unittest import mock
 
 from portway import config
+from portway.backends import openai
 from portway.backends.openai import BATCH, OpenAIBackend, StreamAnswer, _Relay, only_model, request_body, splice
 from portway.backends.transport import Patience
 from portway.call import Answer, Call, Endpoint, Limits, Tally
@@ -417,6 +419,36 @@ class RelayTest(unittest.TestCase):
                 block = b"".join([*ordinary[:place], other, *ordinary[place:]])
                 self.assertIsNone(each.block(block), block)
 
+    def test_what_comes_with_the_first_content(self):
+        """What came with it and is like it is relayed unread; behind anything else each is looked at, and nothing is
+        lost, whatever comes together."""
+        chunks = [delta(role="assistant", content=""), *(delta(content=text) for text in "abcd"), finish(), usage()]
+        events = [json.dumps(chunk).encode() for chunk in chunks] + [b"[DONE]"]
+        alone = relay(stream_options={"include_usage": True})
+        expected = b"".join(alone.frames([event])[0] for event in events)
+        for first in range(1, len(events)):
+            for second in range(first, len(events)):
+                each = relay(stream_options={"include_usage": True})
+                parts = (events[:first], events[first:second], events[second:])
+                got = b"".join(each.frames(part)[0] for part in parts)
+                self.assertEqual(expected, got, (first, second))
+                each.count()
+                self.assertEqual(4, each._tally.content_chars)
+        with mock.patch.object(openai, "_document", side_effect=openai._document) as parsed:
+            relay().frames(events[:5])
+        self.assertEqual(2, parsed.call_count)
+
+    def test_what_can_stand_in_an_id(self):
+        """One with quotes and commas is an id like any other; one that is no text goes the long way."""
+        for id, is_quick in (('a",",b":"c', True), ("", True), (7, True), ({"a": 1, "b": 2}, False), ([1], True)):
+            each, chunk = relay(), {**delta(content="a"), "id": id}
+            for separators in ((",", ":"), (", ", ": ")):
+                data = json.dumps(chunk, separators=separators).encode()
+                each = relay()
+                long = each.frame(data)
+                self.assertEqual(is_quick and id != "", quick(each, data) is not None, id)
+                self.assertEqual(json.loads(long[6:])["id"], id or "chatcmpl-own")
+
     def test_half_a_character(self):
         """Text beyond ASCII goes the quick way as long as it is UTF-8; half of a character is a broken answer."""
         each = relay()
@@ -492,6 +524,11 @@ class RelayTest(unittest.TestCase):
             "cut off without a finish": ([delta(content="<thi")], "", "<thi"),
             "thinking cut off": ([delta(content="<think>hm</th"), finish("length")], "hm</th", ""),
             "splits by itself": ([delta(reasoning="r"), delta(content="<think>x"), finish()], "r", "<think>x"),
+            "a call beside an empty text": (
+                [delta(content="", tool_calls=[{"index": 0, "id": "c"}]), delta(content="<think>x"), finish()],
+                "",
+                "<think>x",
+            ),
             "a call after a blank": (
                 [delta(content="\n"), delta(tool_calls=[{"index": 0, "id": "c"}]), delta(content="<think>"), finish()],
                 "",

@@ -213,6 +213,22 @@ class Files(InFolder):
         with self.assertRaisesRegex(Unusable, f"format {known + 2}; this one knows {known}"):
             CacheFile(self.path, 5)
 
+    def test_a_look_up_that_outlives_the_others(self):
+        """Its connection is closed behind it, and so is one too many."""
+        with closing(CacheFile(self.path, 5)) as file:
+            file.write([Row(key_of(1), "m", 1.0, "", b"x")])
+        readers = cache_file.Readers(self.path)
+        self.assertIsNotNone(readers.find(key_of(1)))
+        self.assertEqual(1, len(readers._idle))
+        with mock.patch.object(cache_file, "IDLE_READERS", 0):
+            self.assertIsNotNone(readers.find(key_of(1)))
+            self.assertEqual(0, len(readers._idle))
+        self.assertIsNotNone(readers.find(key_of(1)))
+        readers.close()
+        self.assertEqual(0, len(readers._idle))
+        self.assertIsNotNone(readers.find(key_of(1)))
+        self.assertEqual(0, len(readers._idle))
+
     def test_a_step_that_fails_changes_nothing(self):
         """All of them are one transaction: the file stays what it was, and what it was can be used."""
 

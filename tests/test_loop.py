@@ -1030,6 +1030,26 @@ class Posting(LoopCase):
         thread.join(LONG)
         loop.close()
 
+    def test_no_sweep_between_them(self) -> None:
+        """However often something happens."""
+        now = 0.0
+        swept: list[float] = []
+
+        class Hasty(SelectorPoller):
+            """Time passes in no time."""
+
+            def poll(self, _timeout: float, /) -> list[tuple[int, int]]:
+                nonlocal now
+                now += 0.25
+                loop._stopping = now >= 10.0
+                return []
+
+        loop = Loop(Workers(1, "test"), Hasty())
+        with mock.patch("time.monotonic", side_effect=lambda: now):
+            loop.run(lambda: swept.append(now), 1.0, self.fail)
+        self.assertEqual([1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 7.0, 8.0, 9.0, 10.0], swept)
+        loop.close()
+
 
 class PuttingOff(LoopCase):
     """What must be done, but not before an answer or the next request."""

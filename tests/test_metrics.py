@@ -7,6 +7,7 @@ import subprocess
 import threading
 import unittest
 from typing import Any
+from unittest import mock
 
 from portway import __version__
 from portway.metrics import LATENCY, Metrics, Reading
@@ -213,6 +214,15 @@ class OfADaemon(unittest.TestCase):
     def value(self, sample: str) -> float | None:
         values = [line.rsplit(" ", 1)[1] for line in self.page().splitlines() if line.rsplit(" ", 1)[0] == sample]
         return float(values[0]) if values else None
+
+    def test_an_answer_that_is_just_out(self) -> None:
+        """It counts, although counting is put off until nobody waits for it."""
+        with mock.patch("portway.loop.REST", 60.0):
+            for count in (1.0, 2.0):
+                self.ask(self.client)
+                self.client.response()
+                served = 'portway_requests_total{model="three",status="2xx",cache="none",demoted="false"}'
+                self.assertEqual(count, self.value(served))
 
     def test_what_is_loaded_and_what_waits(self) -> None:
         """Each model with its backend and its bytes; the requests that wait for a backend; the rest of the numbers."""

@@ -935,8 +935,10 @@ class RouterTest(Routed):
         close(served.answer)
 
     def test_a_stream_holds_its_place(self) -> None:
-        """A model is in use until its answer has been closed, and not only until it begins."""
+        """A model is in use until its answer has been closed, and not only until it begins; from its first content on
+        it counts as loaded."""
         served = self.serve("b")
+        self.assertEqual("loaded", self.known()["b"])
         waiting = self.in_thread("c")
         self.await_waiting(1)
         self.assertEqual({"b"}, self.in_memory())

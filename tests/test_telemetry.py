@@ -119,6 +119,7 @@ class Lines(unittest.TestCase):
         self.assertEqual(found["decode_tps"], 20.0)
         self.assertEqual(self.line(first=100.25, decode_s=0.5, completion_tokens=26)["decode_tps"], 52.0)
         self.assertEqual(0, self.line(waited=1.6)["overhead_ms"])  # two clocks, and no work done before it came
+        self.assertEqual(self.line(decode_s=0.5, completion_tokens=26)["decode_tps"], 52.0)  # a plain answer
         self.assertIsNone(self.line(completion_tokens=26)["decode_tps"])
         self.assertIsNone(self.line(first=100.25, completion_tokens=26, cache_hit=True)["decode_tps"])
 

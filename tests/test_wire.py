@@ -4,6 +4,8 @@ import json
 import time
 import unittest
 from collections.abc import Iterator
+from json.encoder import encode_basestring, encode_basestring_ascii
+from unittest import mock
 
 from portway.errors import ClientError
 from portway.wire.events import (
@@ -12,6 +14,7 @@ from portway.wire.events import (
     NDJSONReader,
     SSEReader,
     WireError,
+    _encoder,
     dumps,
     loads,
     loads_object,
@@ -122,6 +125,17 @@ class Objects(unittest.TestCase):
     def test_json_is_written_compact_and_unescaped(self):
         """No blanks, UTF-8 as it is."""
         self.assertEqual(dumps({"a": [1, "é\n"], "b": None}), b'{"a":[1,"\xc3\xa9\\n"],"b":null}')
+
+    def test_json_is_written_without_the_encoder_in_c(self):
+        """Where Python has none, or one that wants other arguments, the text is the same."""
+        value = {"a": [1, 2.5, "é\n\ud800", None, True], "b": {}}
+        for escape in (encode_basestring, encode_basestring_ascii):
+            expected = json.dumps(value, ensure_ascii=escape is encode_basestring_ascii, separators=(",", ":"))
+            self.assertEqual(expected, _encoder(escape)(value))
+            for make in (None, mock.Mock(side_effect=TypeError)):
+                with mock.patch("json.encoder.c_make_encoder", make):
+                    encode = _encoder(escape)
+                self.assertEqual(expected, encode(value))
 
     def test_lone_surrogates_survive_as_escapes(self):
         """What came as an escape leaves as one, since UTF-8 has no form for it."""
