@@ -134,6 +134,26 @@ class RequestKeys(unittest.TestCase):
         self.assertEqual(len(set(found.values())), len(found))
         self.assertGreater(len(found), 2_000)
 
+    def test_two_chats_share_a_key_only_if_they_are_the_same(self):
+        """The same of messages, which are mostly a role and a text, in either order."""
+        random = Random(6)
+        texts: list[Any] = ["", "a", "aa", "1", ",1", "m1:", "u", None, ["a"], {"a": "b"}]
+
+        def message() -> Any:
+            names = random.choice((("role", "content"), ("content", "role"), ("role",), ("role", "content", "name")))
+            weights = [9] * 7 + [1] * 3
+            if not random.randrange(30):
+                return random.choice(("a", ["role", "content"]))
+            return {name: random.choices(texts, weights)[0] for name in names}
+
+        found: dict[bytes, str] = {}
+        for _ in range(20_000):
+            given = [message() for _ in range(random.randrange(4))]
+            told = json.dumps(given, sort_keys=True)
+            self.assertEqual(told, found.setdefault(request_key(a_call(messages=given), MODEL), told))
+        self.assertEqual(len(set(found.values())), len(found))
+        self.assertGreater(len(found), 2_000)
+
     def test_no_text_passes_for_a_structure(self):
         """Texts that hold what stands between texts are told apart from those that have it between them."""
         long = "x" * 10_000
