@@ -65,6 +65,9 @@ class Limits(NamedTuple):
     deadline: float
 
 
+MOST = 2**63  # what a backend counts is below that; an integer of 400 digits, which JSON may hold, is no float
+
+
 @dataclass(slots=True)
 class Tally:
     """What is known of an answer; None = the backend did not say. Times are seconds."""

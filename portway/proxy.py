@@ -1115,10 +1115,14 @@ class Daemon:
         return {"config": {"path": self.state.config.path, "problem": self._problem}, **self._vitals.health(self.state)}
 
     def note(self, record: Record) -> None:
-        """Count a request that is over, and write it down."""
-        self.metrics.observe(record)
-        if self.log is not None:
-            self.log.record(record)
+        """Count a request that is over, and write it down. A mistake of ours in that is told, and is no matter of
+        whoever has it done: of the next request, or of one for /metrics."""
+        try:
+            self.metrics.observe(record)
+            if self.log is not None:
+                self.log.record(record)
+        except Exception as exc:  # noqa: BLE001 - told, with its trace
+            self.unforeseen(exc)
 
     def unforeseen(self, exc: Exception) -> PortwayError:
         """A bug of ours: its trace goes to stderr under an id, and only the id to the client."""

@@ -32,6 +32,7 @@ from operator import attrgetter, itemgetter
 from typing import TYPE_CHECKING, Any
 
 from portway import stderr
+from portway.call import MOST
 from portway.wire.digest import digest
 
 if TYPE_CHECKING:
@@ -351,7 +352,7 @@ def _measure(record: Record) -> None:
 
 
 def _count(value: Any) -> int | None:
-    return value if isinstance(value, int) else None  # a server may have sent anything
+    return value if isinstance(value, int) and 0 <= value < MOST else None  # a server may have sent anything
 
 
 def iso_time(ts: float) -> str:

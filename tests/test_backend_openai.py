@@ -438,15 +438,42 @@ class RelayTest(unittest.TestCase):
             relay().frames(events[:5])
         self.assertEqual(2, parsed.call_count)
 
+    def test_two_choices_in_one_chunk(self):
+        """Do not make up for a chunk without any, such as the last one: each is looked at."""
+        two = delta(content="b")
+        two["choices"].append({**two["choices"][0], "index": 1})
+        chunks = [delta(content="a"), two, finish()]
+        each = relay()
+        each.frames([json.dumps(chunk).encode() for chunk in chunks])
+        self.assertTrue(each.finished)
+
+    def test_reasoning_that_is_no_text(self):
+        """It stands under both names, too."""
+        for name, other in (("reasoning", "reasoning_content"), ("reasoning_content", "reasoning")):
+            chunk = delta()
+            chunk["choices"][0]["delta"] = {name: [{"text": "why"}]}
+            got = json.loads(relay().frame(json.dumps(chunk).encode())[6:])
+            self.assertEqual([{"text": "why"}], got["choices"][0]["delta"][other])
+
+    def test_counts_beyond_measure(self):
+        """Are none: arithmetic would fail on them, and with it the log's line."""
+        huge = 10**400
+        chunk = {**usage(), "usage": {"prompt_tokens": huge, "completion_tokens": 5}, "timings": {"predicted_ms": huge}}
+        each = relay()
+        each.frame(json.dumps(chunk).encode())
+        self.assertEqual(
+            (None, 5, None), (each._tally.prompt_tokens, each._tally.completion_tokens, each._tally.decode_s)
+        )
+
     def test_what_can_stand_in_an_id(self):
-        """One with quotes and commas is an id like any other; one that is no text goes the long way."""
-        for id, is_quick in (('a",",b":"c', True), ("", True), (7, True), ({"a": 1, "b": 2}, False), ([1], True)):
-            each, chunk = relay(), {**delta(content="a"), "id": id}
+        """One with quotes and commas is an id like any other, and so is one that is no text."""
+        for id in ('a",",b":"c', "x,", "\ud800", "", 7, [1]):
+            chunk = {**delta(content="a"), "id": id}
             for separators in ((",", ":"), (", ", ": ")):
                 data = json.dumps(chunk, separators=separators).encode()
                 each = relay()
                 long = each.frame(data)
-                self.assertEqual(is_quick and id != "", quick(each, data) is not None, id)
+                self.assertEqual(id != "", quick(each, data) is not None, id)
                 self.assertEqual(json.loads(long[6:])["id"], id or "chatcmpl-own")
 
     def test_half_a_character(self):

@@ -431,6 +431,24 @@ class ConnectionTest(unittest.TestCase):
                 with daemon.client() as client:
                     self.assertEqual(200, client.call("POST", "/v1/chat/completions", ASK).status)
 
+    def test_a_mistake_in_the_log(self):
+        """It is told, and costs nobody anything: not the connection, not the next record, not a scrape."""
+        log = mock.Mock(problem=None, dropped=0, written=0)
+        log.record.side_effect = [RuntimeError("a mistake"), None]
+        with (
+            mock.patch("portway.loop.REST", 60.0),
+            StandIn() as standin,
+            Daemon(toml(standin.url), log=log) as daemon,
+            daemon.client() as client,
+        ):
+            for _ in range(2):
+                self.assertEqual(200, client.call("POST", "/v1/chat/completions", ASK).status)
+            page = client.call("GET", "/metrics")
+            self.assertEqual(200, page.status)
+            self.assertIn(b'status="2xx",cache="none",demoted="false"} 2', page.body)
+            self.assertEqual(2, log.record.call_count)
+            self.assertEqual(1, sum("a mistake" in said for said in daemon.log))
+
     def test_who_left_waits_no_longer(self):
         """Clients that leave and come again, as one with a short timeout does, leave nothing behind in the queue."""
         with StandIn() as standin, Daemon(toml(standin.url, "max_requests = 2")) as daemon:

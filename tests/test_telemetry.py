@@ -247,8 +247,13 @@ class Lines(unittest.TestCase):
             self.assertEqual(
                 (*counts, 4), tuple(found[name] for name in ("prompt_tokens", "completion_tokens", "response_chars"))
             )
-        usage = {"prompt_tokens": "3", "completion_tokens": [4]}
-        self.assertIsNone(self.line(document=json.dumps({"usage": usage}).encode(), cache_hit=True)["prompt_tokens"])
+        for usage in (
+            {"prompt_tokens": "3", "completion_tokens": [4]},
+            {"prompt_tokens": 10**400},
+            {"prompt_tokens": -1},
+        ):
+            found = self.line(document=json.dumps({"usage": usage}).encode(), cache_hit=True)
+            self.assertIsNone(found["prompt_tokens"])
 
     def test_a_chat_is_hashed_like_any_prompt(self):
         """A role and a text each goes a shorter way to the same hash; whatever else it may hold takes the long one."""

@@ -756,6 +756,7 @@ class Stream(Answers):
             ({**silent, "eval_count": 3}, "a", None),
             ({**silent, "prompt_eval_count": 26}, "a", None),
             ({**silent, "eval_count": True, "prompt_eval_count": -1}, "a", None),
+            ({**silent, "eval_count": 10**400, "prompt_eval_count": 10**400, "eval_duration": 10**400}, "a", None),
             (
                 {**silent, "eval_count": 0, "prompt_eval_count": 1},
                 "a",

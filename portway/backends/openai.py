@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 from portway.backends.failures import in_stream
 from portway.backends.transport import Patience, Pool, Reply
 from portway.backends.upstream import MAX_ERROR, broken_once_begun, error_of, request_head
-from portway.call import Tally
+from portway.call import MOST, Tally
 from portway.errors import BackendError
 from portway.wire.events import DONE, SSEReader, WireError, dumps, loads, sse
 from portway.wire.think_tags import OPEN, ThinkTags
@@ -411,6 +411,8 @@ class _Relay:
         if self.content and not self._learned:
             self._name(chunk)
             self._learn(data, chunk)
+        if self._tally.reasoning_chars or data.find(b'"reasoning') >= 0:
+            add_reasoning_alias(chunk, "delta")
         is_counted = read_usage(chunk, self._tally)
         if chunk.get("usage") is not None and not (self._call.include_usage and is_counted):
             if not choices:
@@ -426,7 +428,9 @@ class _Relay:
             if thought or text:  # a beginning of a tag, which now is none
                 choice = {"index": index, "delta": _delta(thought, text), "finish_reason": None}
                 self.content = count_choice(choice, self._tally)
-                frames += sse(dumps(self._own({"object": "chat.completion.chunk", "choices": [choice]})))
+                chunk = {"object": "chat.completion.chunk", "choices": [choice]}
+                add_reasoning_alias(chunk, "delta")
+                frames += sse(dumps(self._own(chunk)))
         if self._chat and not self.content and not _may_be_empty(self._tally):
             raise BackendError("empty_answer", "the answer is empty")
         self.ended = True
@@ -508,8 +512,6 @@ class _Relay:
     def _own(self, chunk: dict[str, Any]) -> dict[str, Any]:
         """The chunk under the stream's one id and time, and the name of the model that serves."""
         self._name(chunk)
-        if self._tally.reasoning_chars:
-            add_reasoning_alias(chunk, "delta")
         chunk["id"], chunk["created"], chunk["model"] = self._id, self._created, self._target.name
         return chunk
 
@@ -524,11 +526,9 @@ class _Relay:
         members = {"model": chunk.get("model"), "id": self._id, "created": self._created, "finish_reason": None}
         if self._null_usage:
             members["usage"] = None
-        needles = [b'"' + member for member in dumps(members)[2:-1].split(b',"')]  # within a string it would be ,\"
-        if len(needles) != len(members):
-            return
-        if b'"model": ' in data:
-            needles = [needle.replace(b'":', b'": ', 1) for needle in needles]
+        colon = b'": ' if b'"model": ' in data else b'":'
+        needles = [b'"%b%b%b' % (key.encode(), colon, dumps(value)) for key, value in members.items()]
+        needles.append(b'"delta"' if self._chat else b'"text"')  # else a chunk of two choices makes up for one without
         needles[2] += data[data.find(needles[2]) + len(needles[2]) :][:1]  # 12 must not be found in 123
         if all(needle in data for needle in needles):
             self._needles = tuple(needles)
@@ -579,16 +579,18 @@ def read_usage(body: Mapping[str, Any], tally: Tally) -> bool:
     """Take the token counts from an answer's or a chunk's usage. False if there is one that is none: counts that are
     all zero, which some servers send where they did not count."""
     timings = body.get("timings")
-    if timings and isinstance(timings, dict) and isinstance(timings.get("predicted_ms"), int | float):
-        tally.decode_s = timings["predicted_ms"] / 1000
+    if timings and isinstance(timings, dict):
+        took = timings.get("predicted_ms")
+        if isinstance(took, int | float) and took < MOST:
+            tally.decode_s = took / 1000
     usage = body.get("usage")
     if usage and isinstance(usage, dict):
         prompt, completion = usage.get("prompt_tokens"), usage.get("completion_tokens")
         if prompt == 0 and not completion and not usage.get("total_tokens"):
             return False
-        if isinstance(prompt, int) and prompt >= 0:
+        if isinstance(prompt, int) and 0 <= prompt < MOST:
             tally.prompt_tokens = prompt
-        if isinstance(completion, int) and completion >= 0:
+        if isinstance(completion, int) and 0 <= completion < MOST:
             tally.completion_tokens = completion
     return True
 

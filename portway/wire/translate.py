@@ -20,7 +20,7 @@ from json.encoder import encode_basestring, encode_basestring_ascii
 from typing import TYPE_CHECKING, Any
 
 from portway.backends import failures
-from portway.call import Tally, Usage
+from portway.call import MOST, Tally, Usage
 from portway.errors import BackendError, ClientError
 from portway.wire import events as wire
 from portway.wire.asked import Payload, boolean, integer, number, require, string, unsupported, wrong
@@ -722,7 +722,7 @@ def _token_logprob(entry: Payload) -> Payload:
 
 
 def _count(value: Any) -> int | None:
-    return value if isinstance(value, int) and not isinstance(value, bool) and value >= 0 else None
+    return value if isinstance(value, int) and not isinstance(value, bool) and 0 <= value < MOST else None
 
 
 def _seconds(nanoseconds: Any) -> float | None:
