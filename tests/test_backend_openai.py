@@ -457,13 +457,12 @@ class RelayTest(unittest.TestCase):
 
     def test_counts_beyond_measure(self):
         """Are none: arithmetic would fail on them, and with it the log's line."""
-        huge = 10**400
-        chunk = {**usage(), "usage": {"prompt_tokens": huge, "completion_tokens": 5}, "timings": {"predicted_ms": huge}}
-        each = relay()
-        each.frame(json.dumps(chunk).encode())
-        self.assertEqual(
-            (None, 5, None), (each._tally.prompt_tokens, each._tally.completion_tokens, each._tally.decode_s)
-        )
+        for huge in (10**400, -(10**400)):
+            counts = {"prompt_tokens": huge, "completion_tokens": 5}
+            each = relay()
+            each.frame(json.dumps({**usage(), "usage": counts, "timings": {"predicted_ms": huge}}).encode())
+            tally = each._tally
+            self.assertEqual((None, 5, None), (tally.prompt_tokens, tally.completion_tokens, tally.decode_s))
 
     def test_what_can_stand_in_an_id(self):
         """One with quotes and commas is an id like any other, and so is one that is no text."""

@@ -581,7 +581,7 @@ def read_usage(body: Mapping[str, Any], tally: Tally) -> bool:
     timings = body.get("timings")
     if timings and isinstance(timings, dict):
         took = timings.get("predicted_ms")
-        if isinstance(took, int | float) and took < MOST:
+        if isinstance(took, int | float) and 0 <= took < MOST:
             tally.decode_s = took / 1000
     usage = body.get("usage")
     if usage and isinstance(usage, dict):
