@@ -423,6 +423,7 @@ class RelayTest(unittest.TestCase):
         """What came with it and is like it is relayed unread; behind anything else each is looked at, and nothing is
         lost, whatever comes together."""
         chunks = [delta(role="assistant", content=""), *(delta(content=text) for text in "abcd"), finish(), usage()]
+        chunks[0]["choices"][0]["delta"]["content"] = None  # as llama-server has it
         events = [json.dumps(chunk).encode() for chunk in chunks] + [b"[DONE]"]
         alone = relay(stream_options={"include_usage": True})
         expected = b"".join(alone.frames([event])[0] for event in events)

@@ -471,13 +471,14 @@ class _Relay:
     def _is_plain(self, delta: dict[str, Any], index: int) -> bool:
         """Whether it is as most answers begin: there is no text yet, or one that begins with a word, so that no tag
         can come any more."""
-        content = delta.get("content")
-        if index in self._tags or not isinstance(content, str) or not _is_alone(delta):
+        if index in self._tags or "content" not in delta or not _is_alone(delta):
             return False
-        if content and (content[0] == "<" or content[0].isspace()):
+        content = delta["content"]
+        if not content:  # "", or null as llama-server has it beside the role
+            return True
+        if not isinstance(content, str) or content[0] == "<" or content[0].isspace():
             return False
-        if content:
-            self._settled.add(index)
+        self._settled.add(index)
         return True
 
     def _segregate(self, delta: dict[str, Any], index: int, *, is_last: bool) -> None:
