@@ -384,13 +384,11 @@ class Handler(BaseHTTPRequestHandler):
     def _ended(self) -> None:
         """The request under way has come to its end."""
         self._guarded(self._settle_and_go_on)
-        if self.server.backlog:
-            self.server.take_turns()
+        self.server.take_turns()
 
     def _settle_and_go_on(self) -> None:
         self._settle()
-        if self._buffer:
-            self._go_on()
+        self._go_on()
 
     def _guarded(self, step: Callable[..., None], *args: object) -> None:
         """Take a step; an error that leaves it costs the connection, and no more."""
@@ -517,7 +515,7 @@ class Handler(BaseHTTPRequestHandler):
     def _begin(self) -> Request | None:
         """The next request, if it is all there and well; else `_reading` has what there is of it, if its head is in."""
         buffer = self._buffer
-        if buffer[:2] == b"\r\n" and (empty := _EMPTY_LINES.match(buffer)) is not None:
+        if (empty := _EMPTY_LINES.match(buffer)) is not None:
             buffer = self._buffer = buffer[empty.end() :]
         end = buffer.find(b"\r\n\r\n")
         if end < 0:
@@ -730,10 +728,13 @@ class Handler(BaseHTTPRequestHandler):
                 owed, self._owed = self._owed, bytearray()
                 await self._send_rest(memoryview(owed))
             return
-        try:
-            sent = await self.watch.send(self.connection, data) if together else self.connection.send(data)
-        except BlockingIOError:
-            sent = 0
+        if together:
+            try:
+                sent = await self.watch.send(self.connection, data)
+            except BlockingIOError:
+                sent = 0
+        else:
+            sent = self._sent(data)
         if sent < len(data):
             await self._send_rest(memoryview(data)[sent:])
 

@@ -79,7 +79,7 @@ class Router:
 
     def _chain(self, call: Call, fallback: bool) -> list[Model]:
         """Embeddings of two models do not compare, so a fallback would poison an index in silence."""
-        if not (fallback and call.model.fallback) or call.endpoint == "embeddings":
+        if not fallback or call.endpoint == "embeddings":
             return [self._complete(call.model)]
         return list(map(self._complete, self._config.chain(call.model)))
 

@@ -33,7 +33,7 @@ from typing import TYPE_CHECKING, Any
 
 from portway import stderr
 from portway.call import MOST
-from portway.wire.digest import digest
+from portway.wire.digest import digest, is_plain_chat
 
 if TYPE_CHECKING:
     from portway.answers import Found
@@ -277,9 +277,7 @@ def line(record: Record, price: Price) -> bytes:
     latency = ended - started
     ttft = None if first is None else first - started
     overhead = None if waited is None else max(0.0, latency - waited) * 1000.0
-    tps = _finite(record.decode_tps) if completion and (first is not None or record.decode_s) else None
-    if load_s:
-        load_s = _finite(load_s)
+    tps, load_s = _finite(record.decode_tps), _finite(load_s)
     attempts = record.attempts
     tried: tuple[str, str] | None = None
     seconds: float | bytes
@@ -293,8 +291,7 @@ def line(record: Record, price: Price) -> bytes:
     make = _form if len(record.client) + len(record.endpoint) + len(record.error) < 3 * MAX_NAME else _new_form
     form, is_saved = make(names, tried, tuple(map(type, numbers)))
     saved = price.of(prompt or 0, completion or 0) if is_saved else 0.0
-    second, milliseconds = divmod(int(record.ts * 1000), 1000)
-    return form % (_iso_second(second), milliseconds, _text(record.id).encode(), seconds, prompt_hash, *numbers, saved)
+    return form % (*_instant(record.ts), _text(record.id).encode(), seconds, prompt_hash, *numbers, saved)
 
 
 def _new_form(names: _Names, tried: tuple[str, str] | None, kinds: tuple[type, ...]) -> tuple[bytes, bool]:
@@ -357,8 +354,13 @@ def _count(value: Any) -> int | None:
 
 def iso_time(ts: float) -> str:
     """time.time() as 2026-11-21T04:29:15.123Z."""
+    return (b"%b.%03dZ" % _instant(ts)).decode()
+
+
+def _instant(ts: float) -> tuple[bytes, int]:
+    """Its second, and the milliseconds behind that."""
     seconds, milliseconds = divmod(int(ts * 1000), 1000)
-    return f"{_iso_second(seconds).decode()}.{milliseconds:03d}Z"
+    return _iso_second(seconds), milliseconds
 
 
 @lru_cache(maxsize=16)  # the lines of one moment come together
@@ -398,11 +400,10 @@ def _digest(body: Mapping[str, Any] | None) -> tuple[bytes, int | None]:
     if body is None:
         return b"null", None
     messages = body.get("messages")
-    if type(messages) is list and _OTHER_PROMPTS.isdisjoint(body):
-        try:  # a role and a text each, as in most chats: no function for each of them
-            if _DICT.issuperset(map(type, messages)) and _ROLE_AND_TEXT.issuperset(map(tuple, messages)):
-                text = "\0".join((*chain.from_iterable(map(dict.values, messages)), ""))
-                return b'"%b"' % hexlify(digest((text,))[:8]), sum(map(len, map(_CONTENT, messages)))
+    if _OTHER_PROMPTS.isdisjoint(body) and is_plain_chat(messages):
+        try:
+            text = "\0".join((*chain.from_iterable(map(dict.values, messages)), ""))
+            return b'"%b"' % hexlify(digest((text,))[:8]), sum(map(len, map(_CONTENT, messages)))
         except TypeError:
             pass  # something else than a text
     texts: list[str] = []
@@ -414,8 +415,6 @@ _PROMPT_KEYS = ("messages", "prompt", "suffix", "input")
 _OTHER_PROMPTS = frozenset(_PROMPT_KEYS[1:])
 _TEXT_KEYS = frozenset(("content", "text", "prompt", "suffix", "input"))  # beside roles, types and images
 _CONTENT = itemgetter("content")
-_DICT = {dict}
-_ROLE_AND_TEXT = {("role", "content"), ("content", "role")}
 
 
 def _read(key: str, value: Any, texts: list[str]) -> int:

@@ -420,8 +420,7 @@ class RelayTest(unittest.TestCase):
                 self.assertIsNone(each.block(block), block)
 
     def test_what_comes_with_the_first_content(self):
-        """What came with it and is like it is relayed unread; behind anything else each is looked at, and nothing is
-        lost, whatever comes together."""
+        """Whatever comes together, nothing is lost, and what is like the first content is relayed unread."""
         chunks = [delta(role="assistant", content=""), *(delta(content=text) for text in "abcd"), finish(), usage()]
         chunks[0]["choices"][0]["delta"]["content"] = None  # as llama-server has it
         events = [json.dumps(chunk).encode() for chunk in chunks] + [b"[DONE]"]

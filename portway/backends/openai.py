@@ -364,15 +364,11 @@ class _Relay:
         frames = []
         error = None
         try:
-            for index, data in enumerate(events):
+            for data in events:
                 if data == b"[DONE]":
                     frames.append(self.end())
                     break
-                is_first = not self._learned
                 frames.append(self.block(sse(data)) or self.frame(data))
-                if is_first and self._needles and (rest := self.block(b"".join(map(sse, events[index + 1 :])))):
-                    frames.append(rest)  # of what came with the first content each is like it, mostly
-                    break
         except BackendError as exc:
             error = exc
         return b"".join(frames), error
@@ -471,7 +467,7 @@ class _Relay:
     def _is_plain(self, delta: dict[str, Any], index: int) -> bool:
         """Whether it is as most answers begin: there is no text yet, or one that begins with a word, so that no tag
         can come any more."""
-        if index in self._tags or "content" not in delta or not _is_alone(delta):
+        if index in self._tags or not _is_content_alone(delta):
             return False
         content = delta["content"]
         if not content:  # "", or null as llama-server has it beside the role
@@ -604,7 +600,7 @@ def count_choice(choice: Mapping[str, Any], tally: Tally) -> bool:
         tally.content_chars += len(content)
     if reason and isinstance(reason, str):
         tally.finish_reason = reason
-    if (content or not text) and "content" in part and _is_alone(part):
+    if (content or not text) and _is_content_alone(part):
         return bool(content)
     tally.content_chars += _length(text) + _length(part.get("refusal"))
     tally.reasoning_chars += _length(part.get("reasoning_content") or part.get("reasoning"))
@@ -615,9 +611,9 @@ def count_choice(choice: Mapping[str, Any], tally: Tally) -> bool:
 _NOTHING: Mapping[str, Any] = {}
 
 
-def _is_alone(part: Mapping[str, Any]) -> bool:
-    """Whether a message that has a content has nothing else, but for its role."""
-    return len(part) == 1 + ("role" in part)
+def _is_content_alone(part: Mapping[str, Any]) -> bool:
+    """Whether a message has a content and nothing else but its role."""
+    return "content" in part and len(part) == 1 + ("role" in part)
 
 
 def add_reasoning_alias(body: Mapping[str, Any], part: str) -> bool:
@@ -663,7 +659,7 @@ def _choices(body: Any) -> list[dict[str, Any]]:
     return choices
 
 
-_OBJECT = (dict, type(None))  # a tuple: to look into a union takes longer
+_OBJECT = (dict, type(None))
 
 
 def _segregate_whole(choice: dict[str, Any]) -> bool:

@@ -10,9 +10,9 @@ from __future__ import annotations
 
 import os
 import sqlite3
+import threading
 import time
 import zlib
-from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import chain, islice
@@ -420,26 +420,22 @@ class Readers:
 
     def __init__(self, path: str) -> None:
         self._path = path
-        self._idle: deque[sqlite3.Connection] = deque()  # whose append and pop are atomic, so no lock
+        self._lock = threading.Lock()  # guards the two below
+        self._idle: list[sqlite3.Connection] = []
         self._closed = False
 
     def find(self, key: bytes) -> Stored | None:
         """The answer under `key`. Raises sqlite3.Error; zlib.error if it is damaged."""
-        try:
-            db = self._idle.pop()
-        except IndexError:
+        with self._lock:
+            db = self._idle.pop() if self._idle else None
+        if db is None:
             db = _connect(self._path, READ_PATIENCE)
         try:
             row = db.execute(_SELECT, (_hash(key), key)).fetchone()
         except BaseException:
             db.close()
             raise
-        if len(self._idle) >= IDLE_READERS:
-            db.close()
-        else:
-            self._idle.append(db)
-        if self._closed:  # asked last, so that none slips in behind close()
-            self.close()
+        self._put_back(db)
         if row is None:
             return None
         model, stored_at, warning, packed, document = row
@@ -447,12 +443,17 @@ class Readers:
 
     def close(self) -> None:
         """Close all connections; one that is in use is closed after its look-up."""
-        self._closed = True
-        while self._idle:
-            try:
-                self._idle.pop().close()
-            except IndexError:
-                return  # another thread took the last one
+        with self._lock:
+            idle, self._idle, self._closed = self._idle, [], True
+        for db in idle:
+            db.close()
+
+    def _put_back(self, db: sqlite3.Connection) -> None:
+        with self._lock:
+            if not self._closed and len(self._idle) < IDLE_READERS:
+                self._idle.append(db)
+                return
+        db.close()
 
 
 # --- what has gone wrong --------------------------------------------------------------------------

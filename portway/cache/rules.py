@@ -10,9 +10,10 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import chain
+from operator import itemgetter
 from typing import TYPE_CHECKING, Any
 
-from portway.wire.digest import LONG, digest
+from portway.wire.digest import LONG, digest, is_plain_chat
 
 if TYPE_CHECKING:
     from portway.call import Call, Served
@@ -20,8 +21,7 @@ if TYPE_CHECKING:
 
 KEY_VERSION = "portway-4"  # a change of what the key covers, or of what Portway makes of a request, raises it
 SHAPELESS = frozenset(("model", "stream", "stream_options", "user", "metadata"))  # no part in what is answered
-# the answer depends on, or changes, the world outside
-_ACTING = frozenset(("tools", "functions", "web_search_options"))
+_ACTING = ("tools", "functions", "web_search_options")  # the answer depends on, or changes, the world outside
 
 
 # --- what the client wants of the cache -----------------------------------------------------------
@@ -77,10 +77,9 @@ def why_bypassed(call: Call, lifetime: float) -> str:
     if lifetime <= 0:
         return "off"
     body = call.body
-    if not _ACTING.isdisjoint(body):
-        for name in sorted(_ACTING):
-            if body.get(name):
-                return name
+    for name in _ACTING:
+        if body.get(name):
+            return name
     if body.get("n") not in (None, 1):
         return "n"
     return ""
@@ -134,15 +133,9 @@ def _key(seed: bytes, call: Call) -> bytes:
 def _spell_chat(messages: Any, parts: list[str]) -> bool:
     """Messages of a role and a text each, as in most chats: the lengths of all texts and then the texts, with no
     function for each of them. False if they are something else."""
-    if type(messages) is not list or not _DICT.issuperset(map(type, messages)):
+    if not is_plain_chat(messages):
         return False
-    orders = set(map(tuple, messages))
-    if not _ROLE_AND_TEXT.issuperset(orders):
-        return False
-    if len(orders) == 1 and ("role", "content") in orders:
-        texts = list(chain.from_iterable(map(dict.values, messages)))
-    else:
-        texts = [text for message in messages for text in (message["role"], message["content"])]
+    texts = list(chain.from_iterable(map(_ROLE_AND_CONTENT, messages)))
     if not _STR.issuperset(map(type, texts)):
         return False
     parts.append(f"m{','.join(map(str, map(len, texts)))}:")
@@ -150,8 +143,8 @@ def _spell_chat(messages: Any, parts: list[str]) -> bool:
     return True
 
 
-_DICT, _STR = {dict}, {str}
-_ROLE_AND_TEXT = {("role", "content"), ("content", "role")}
+_STR = {str}
+_ROLE_AND_CONTENT = itemgetter("role", "content")
 
 
 def _spell(value: Any, parts: list[str]) -> None:

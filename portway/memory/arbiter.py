@@ -43,6 +43,8 @@ class Shape(NamedTuple):
 
     def serves(self, wanted: Shape) -> bool:
         """Whether a runner of this shape is used as it is for a request that wants `wanted`."""
+        if self is wanted:  # mostly: it was loaded for this very model
+            return True
         window = wanted.num_ctx is None or self.num_ctx in (None, wanted.num_ctx)
         return window and (self.options is None or wanted.options is None or self.options == wanted.options)
 
@@ -71,7 +73,7 @@ class Lane(NamedTuple):
     max_queue: int | None = None
 
 
-@dataclass(eq=False)
+@dataclass(slots=True, eq=False)
 class Wish:
     """One request that wants a model. need: None = unknown, so nothing is arbitrated. since: when it came.
 
@@ -85,12 +87,12 @@ class Wish:
     need: Need | None
     keep_alive: float | None
     since: float
-    why: str = field(default="", init=False)  # not assigned before there is something to say: most go at once
-    retry_at: float = field(default=math.inf, init=False)
-    clearing: bool = field(default=False, init=False)
-    loads: bool = field(default=False, init=False)
-    granted_at: float = field(default=0.0, init=False)
-    resident: Resident | None = field(default=None, init=False)
+    why: str = ""
+    retry_at: float = math.inf
+    clearing: bool = False
+    loads: bool = False
+    granted_at: float = 0.0
+    resident: Resident | None = None
 
 
 @dataclass(slots=True, eq=False)
@@ -132,9 +134,7 @@ class Resident:
 
     def is_there_for(self, wish: Wish) -> bool:
         """Whether the wish need not load anything."""
-        if self.status not in (LOADED, LOADING):
-            return False
-        return self.shape is wish.shape or self.shape.serves(wish.shape)  # mostly it was loaded for this very model
+        return self.status in (LOADED, LOADING) and self.shape.serves(wish.shape)
 
 
 class Seen(NamedTuple):

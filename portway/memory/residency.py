@@ -17,7 +17,6 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Coroutine, Iterable, Mapping, Sequence
-from copy import copy
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Self
 
@@ -350,8 +349,7 @@ class Residency:
             if rung:
                 backend = wish.runner.backend
                 self._held[backend] = 0.7 * self._held.get(backend, 0.0) + 0.3 * (now - wish.granted_at)
-        if rung:
-            _ring(rung)
+        _ring(rung)
         if wish.keep_alive == 0:
             self._poke.set()
 
@@ -800,7 +798,7 @@ class Residency:
                 budget=self._ledger.budget,
                 counted=self._ledger.counted,
                 residents=[replace(resident) for resident in self._ledger.residents.values()],
-                waiting=[copy(wish) for wish in self._ledger.waiting],
+                waiting=[replace(wish) for wish in self._ledger.waiting],
                 in_flight=dict(self._ledger.in_flight),
                 seats=dict(self._seats),
                 kinds={name: engine.kind for name, engine in self._engines.items()},

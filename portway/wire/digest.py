@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from hashlib import blake2b
+from typing import Any, TypeGuard
 
 SIZE = 32  # bytes of a digest
 LONG = 8192  # characters from which a text is hashed by itself: to copy 200 KB takes as long as to hash it
@@ -26,6 +27,18 @@ def digest(texts: Sequence[str], start: bytes = b"") -> bytes:
             done = at + 1
     hashed.update(_utf8("".join(texts[done:])))
     return hashed.digest()
+
+
+def is_plain_chat(messages: Any) -> TypeGuard[list[dict[str, Any]]]:
+    """Whether these are messages that have a role and a content and nothing else, whatever type those are: as in most
+    chats, whose texts are then gathered with no function for each message."""
+    if type(messages) is not list or not _DICT.issuperset(map(type, messages)):
+        return False
+    return _ROLE_AND_CONTENT.issuperset(map(tuple, messages))
+
+
+_DICT = {dict}
+_ROLE_AND_CONTENT = {("role", "content"), ("content", "role")}
 
 
 def _utf8(text: str) -> bytes:
