@@ -87,6 +87,7 @@ class Workers:
         try:
             while (job := self._next()) is not None:
                 job()
+                del job  # while it waits for the next one, nothing of this one is held
                 with self._lock:
                     self._spare += 1
         finally:

@@ -4,6 +4,7 @@ import sys
 import threading
 import time
 import unittest
+import weakref
 from collections.abc import Callable
 from functools import partial
 from queue import Empty, SimpleQueue
@@ -79,6 +80,20 @@ class Jobs(WorkersCase):
         self.assertEqual([0, 1, 2, 3, 4], sorted(ran.get(timeout=LONG) for _ in range(5)))
         self.until(lambda: workers._spare == 3)
         self.assertEqual((3, 0, False), (workers.count, workers.waiting, workers.are_short))
+
+    def test_a_thread_without_work_holds_nothing(self):
+        """Neither its last job nor what that was made of: it may wait for a minute."""
+
+        class Thing:
+            def work(self) -> None:
+                pass
+
+        workers, thing = Workers(1, "test"), Thing()
+        gone = weakref.ref(thing)
+        workers.submit(thing.work)
+        del thing
+        self.until(lambda: gone() is None)
+        self.assertEqual(1, workers.count)
 
     def test_threads_without_work_end(self):
         """All of them, and the next job gets a new one."""
